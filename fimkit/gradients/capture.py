@@ -1,0 +1,64 @@
+"""Watching a forward pass for calls on tracked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from fimkit.gradients.rules import RULES, ParameterIndex, Use
+
+__all__ = ["Capture"]
+
+
+class Capture(TorchFunctionMode):
+    """Records every call of a function with a rule on a tracked parameter while it is active.
+
+    Functions are watched, not modules: subclasses, functional calls on a module's weight,
+    repeated layers and shared parameters are all seen, and no hook is left on the model.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Tensor
+        The tracked parameters.
+
+    Attributes
+    ----------
+    uses : list of Use
+        The calls seen, in order.
+    detached : set of str
+        Parameters met by a call whose output carries no gradient.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self.detached: set[str] = set()
+        self._index = ParameterIndex(parameters)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        use = None if rule is None else rule.match(self._index, *args, **kwargs)
+        output = func(*args, **kwargs)
+        if use is None:
+            return output
+        if not output.requires_grad:
+            self.detached.update(use.names)
+            return output
+        if output._is_view():
+            # An activation in place on a view would cut the edge recorded here out of the graph.
+            output = output.clone()
+        use.observe(output)
+        use.edge = get_gradient_edge(output)
+        self.uses.append(use)
+        return output

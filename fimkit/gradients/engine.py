@@ -1,0 +1,258 @@
+"""Per-example gradients of a model, batch by batch, as a `RowMatrix`.
+
+Calls on parameters are captured during one forward pass; one backward pass per scalar stops at
+their outputs, so weight gradients are never formed. What no rule covers comes from torch.func.
+Nothing captured is trusted: before a new pattern of calls is used, random sums of the rows are
+compared with autograd's own gradient of the same sums of losses, parameter by parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.capture import Capture
+from fimkit.gradients.fallback import FallbackGradients
+from fimkit.gradients.groups import Group, Located, captured_rows, pair_parameters
+from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.objective import Objective
+from fimkit.gradients.rules import Use
+from fimkit.gradients.verification import RandomSum, refuse_reentrant_checkpoint
+from fimkit.losses import Uniforms
+from fimkit.operators import Columns, DenseRows, RowMatrix, Rows
+from fimkit.vectors import ParameterSpace
+
+__all__ = ["GradientEngine"]
+
+
+@dataclass
+class _Pass:
+    """One forward pass: the scalars, their weights, and what was captured on the way."""
+
+    batch: Any
+    labels: list[Any]
+    scalars: Tensor
+    weights: Tensor | None
+    uses: list[Use]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Examples and rows per example."""
+        return self.scalars.shape[0], self.scalars.shape[1]
+
+    @property
+    def key(self) -> Any:
+        """What layouts depend on: a lone example fits every layout, so it proves none."""
+        return self.shape[0] > 1, tuple(use.key for use in self.uses)
+
+
+class GradientEngine:
+    """Computes the rows of batches for one model, objective and selection of parameters.
+
+    Parameters
+    ----------
+    model : Module
+        Already in the state in which it is to be differentiated.
+    objective : Objective
+    space : ParameterSpace
+        The selected parameters.
+    dtype : torch.dtype
+        What rows are kept in.
+    device : torch.device
+        Where rows are kept.
+    blocks : mapping of str to int, optional
+        Block of each parameter; a bias is folded into its weight only within one block.
+
+    Attributes
+    ----------
+    coverage : dict of str to str
+        How each parameter's gradients are obtained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        space: ParameterSpace,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: Mapping[str, int] | None = None,
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._space = space
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        self._blocks = blocks
+        named = dict(model.named_parameters())
+        self._parameters = {name: named[name] for name in space.shapes}
+        self._fallback = FallbackGradients(model, objective)
+        self._fallback_names: set[str] = set()
+        self._groups: list[Group] | None = None
+        self._layouts: dict[Any, list[BatchLayout | None]] = {}
+        self.coverage = dict.fromkeys(space.shapes, "no gradient seen")
+
+    def rows(self, batch: Any, uniforms: Uniforms | None = None) -> RowMatrix:
+        """Return the rows of a batch.
+
+        Parameters
+        ----------
+        batch
+            As the loss takes it, on the model's device.
+        uniforms : callable, optional
+            The numbers that labels are drawn with; only for sampled labels.
+
+        Raises
+        ------
+        IFVPUsageError
+            If a parameter's per-example gradients do not add up to autograd's gradient.
+        """
+        run = self._forward(batch, uniforms)
+        signals = self._signals(run)
+        layouts = self._layouts.get(run.key)
+        if layouts is None or not _fit(layouts, run):
+            layouts = self._verify(run, signals)
+        return self._row_matrix(run, _locate(run, signals, layouts), self._fallback_rows(run))
+
+    def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
+        with Capture(self._parameters) as capture:
+            outputs = self._objective.loss.outputs(self._model, batch)
+            labels = self._objective.labels(outputs, batch, uniforms)
+            scalars, weights = self._objective.scalars(outputs, labels)
+        if not scalars.requires_grad:
+            raise IFVPUsageError(
+                "the losses do not depend on any selected parameter through autograd: the model "
+                "or the loss detaches its result, for instance by torch.no_grad() or .item()."
+            )
+        run = _Pass(batch, labels, scalars, weights, capture.uses)
+        if run.key not in self._layouts:
+            refuse_reentrant_checkpoint(scalars, capture.detached)
+        return run
+
+    def _signals(self, run: _Pass) -> list[Tensor | None]:
+        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
+        edges = [use.edge for use in run.uses]
+        if not edges:
+            return []
+        per_scalar = [
+            torch.autograd.grad(scalars.sum(), edges, retain_graph=True, allow_unused=True)
+            for scalars in run.scalars.unbind(1)
+        ]
+        return [_stack(values) for values in zip(*per_scalar, strict=True)]
+
+    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[BatchLayout | None]:
+        """Find where the examples are in each call, and check every parameter's rows.
+
+        Parameters that fail move to the fallback, which must pass the same check.
+        """
+        check = RandomSum(run.scalars, run.uses, self._parameters)
+        layouts = [
+            check.layout(i, use, signal)
+            for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
+        ]
+        for use, layout in zip(run.uses, layouts, strict=True):
+            if layout is None:
+                self._fallback_names.update(use.names)
+        groups = self._groups or self._pair(run.uses)
+        captured = self._row_matrix(run, _locate(run, signals, layouts), {}, groups)
+        self._fallback_names.update(check.disagreeing(captured, self._places(fallback=False)))
+        self._groups = self._groups or self._pair(run.uses)
+        for group in self._groups:
+            if not self._fallback_names.isdisjoint(group.names):
+                self._fallback_names.update(group.names)
+        self._verify_fallback(run, check)
+        # A call without gradient proves no layout: look again in the next batch.
+        if all(signal is not None and bool(signal.any()) for signal in signals):
+            self._layouts[run.key] = layouts
+        for name in self._space.shapes:
+            if name in self._fallback_names:
+                self.coverage[name] = self._fallback.description
+        for use in run.uses:
+            for name in set(use.names) - self._fallback_names:
+                self.coverage[name] = use.description
+        return layouts
+
+    def _pair(self, uses: list[Use]) -> list[Group]:
+        return pair_parameters(self._space.shapes, uses, self._fallback_names, self._blocks)
+
+    def _places(self, *, fallback: bool) -> dict[str, slice]:
+        places = self._space.slices.items()
+        return {name: s for name, s in places if (name in self._fallback_names) == fallback}
+
+    def _verify_fallback(self, run: _Pass, check: RandomSum) -> None:
+        if not self._fallback_names:
+            return
+        wrong: list[str] = []
+        for batch_dim in dict.fromkeys((self._fallback.batch_dim, 0, 1)):
+            self._fallback.batch_dim = batch_dim
+            rows = self._row_matrix(run, [], self._fallback_rows(run))
+            wrong = check.disagreeing(rows, self._places(fallback=True))
+            if not wrong:
+                return
+        raise IFVPUsageError(
+            f"the gradients of single examples do not add up to autograd's gradient for "
+            f"{', '.join(map(repr, wrong))}: the loss of one example depends on the others in its "
+            "batch, or differs between calls (randomness in the model), or a tensor of the batch "
+            "has its examples neither along its first nor its second dimension. Remove the "
+            "dependence, or leave these parameters out with parameters=."
+        )
+
+    def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
+        names = [name for name in self._space.shapes if name in self._fallback_names]
+        if not names:
+            return {}
+        return self._fallback.rows(names, run.batch, run.labels, run.shape[0])
+
+    def _row_matrix(
+        self,
+        run: _Pass,
+        located: list[Located],
+        fallback: dict[str, Tensor],
+        groups: list[Group] | None = None,
+    ) -> RowMatrix:
+        """Return the rows of the groups that are captured or given by ``fallback``."""
+        out: list[tuple[Columns, Rows]] = []
+        for group in groups or self._groups or []:
+            columns = Columns(tuple(self._space.slices[name] for name in group.names))
+            if fallback.keys() >= set(group.names):
+                parts = [fallback[name].flatten(2).to(self._like) for name in group.names]
+                out.append((columns, DenseRows(torch.cat(parts, 2))))
+            elif self._fallback_names.isdisjoint(group.names):
+                rows = captured_rows(group, located, self._space, run.shape, self._like)
+                out.append((columns, rows))
+        return RowMatrix(out, self._space.size, run.weights)
+
+
+def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Stack the signals of all scalars, with zeros where one has none."""
+    given = [value for value in values if value is not None]
+    if not given:
+        return None
+    if len(values) == 1:
+        return given[0][None]
+    zero = torch.zeros_like(given[0])
+    return torch.stack([zero if value is None else value for value in values])
+
+
+def _fit(layouts: list[BatchLayout | None], run: _Pass) -> bool:
+    """Whether layouts found before can hold this batch."""
+    n = run.shape[0]
+    return all(
+        layout is None or layout.fits(use.lead, n)
+        for layout, use in zip(layouts, run.uses, strict=True)
+    )
+
+
+def _locate(
+    run: _Pass, signals: list[Tensor | None], layouts: list[BatchLayout | None]
+) -> list[Located]:
+    """Return the calls that carry gradient and whose examples are found."""
+    return [
+        Located(use, signal, layout)
+        for use, signal, layout in zip(run.uses, signals, layouts, strict=True)
+        if signal is not None and layout is not None
+    ]

@@ -1,0 +1,58 @@
+"""Which example each position of a captured tensor belongs to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["BatchLayout", "candidate_layouts"]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the leading dimensions of a tensor divide into examples and positions.
+
+    Parameters
+    ----------
+    axis : int or None
+        The leading dimension that holds the examples; None when there is only one example.
+    inner : bool
+        Where that dimension also holds positions (merged windows, flattened tokens): whether
+        the example index runs fastest.
+    """
+
+    axis: int | None
+    inner: bool = False
+
+    def fits(self, lead: tuple[int, ...], batch: int) -> bool:
+        """Whether leading dimensions ``lead`` can hold ``batch`` examples this way."""
+        if self.axis is None:
+            return batch == 1
+        return self.axis < len(lead) and lead[self.axis] > 0 and lead[self.axis] % batch == 0
+
+    def split(self, tensor: Tensor, lead: tuple[int, ...], batch: int) -> Tensor:
+        """Return a ``(*lead, *features)`` tensor as ``(batch, positions, *features)``."""
+        features = tensor.shape[len(lead) :]
+        positions = math.prod(lead) // batch
+        if self.axis is not None:
+            repeats = lead[self.axis] // batch
+            pair = (repeats, batch) if self.inner else (batch, repeats)
+            shape = (*lead[: self.axis], *pair, *lead[self.axis + 1 :], *features)
+            tensor = tensor.reshape(shape).movedim(self.axis + self.inner, 0)
+        return tensor.reshape(batch, positions, *features)
+
+
+def candidate_layouts(lead: tuple[int, ...], batch: int) -> list[BatchLayout]:
+    """Return the layouts by which ``lead`` may hold ``batch`` examples, the likeliest first."""
+    if batch == 1:
+        return [BatchLayout(None)]
+    exact = [BatchLayout(axis) for axis, size in enumerate(lead) if size == batch]
+    merged = [
+        BatchLayout(axis, inner)
+        for axis, size in enumerate(lead)
+        if size > batch and size % batch == 0
+        for inner in (False, True)
+    ]
+    return exact + merged

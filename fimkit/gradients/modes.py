@@ -1,0 +1,47 @@
+"""The state in which models are run, and its return to what it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["evaluating", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside data-parallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run with the model in evaluation mode, eagerly and with gradients on.
+
+    Every module's own training flag and torch's random state are as before afterwards, also
+    when the body raises; an ambient ``no_grad`` or ``inference_mode`` has no effect inside.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training

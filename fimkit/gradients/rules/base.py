@@ -1,0 +1,183 @@
+"""What a rule for one kind of layer supplies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fimkit.gradients.layout import BatchLayout
+from fimkit.operators import FactoredRows, MatrixLayout
+
+__all__ = ["Examples", "MatrixUse", "ParameterIndex", "Slot", "Use"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter, or the rows ``start:stop`` of one, as the argument of a call."""
+
+    name: str
+    start: int
+    stop: int
+    rows: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the argument is the entire parameter."""
+        return self.stop - self.start == self.rows
+
+    def pad(self, values: Tensor, dim: int) -> Tensor:
+        """Set a dimension of ``values``, which runs over this slot's rows, among zeros."""
+        if self.whole:
+            return values
+        shape = list(values.shape)
+        shape[dim] = self.rows
+        out = values.new_zeros(shape)
+        out.narrow(dim, self.start, self.stop - self.start).copy_(values)
+        return out
+
+
+class ParameterIndex:
+    """Finds tracked parameters, and row slices of them, among the arguments of a call."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._by_id = {id(parameter): (name, parameter) for name, parameter in parameters.items()}
+
+    def slot(self, argument: Any) -> Slot | None:
+        """Return the slot that an argument is, or None."""
+        if not isinstance(argument, Tensor) or argument.ndim == 0:
+            return None
+        if id(argument) in self._by_id:
+            rows = argument.shape[0]
+            return Slot(self._by_id[id(argument)][0], 0, rows, rows)
+        base = argument._base
+        if base is None or id(base) not in self._by_id or base.ndim == 0 or base.stride(0) == 0:
+            return None
+        if argument.shape[1:] != base.shape[1:] or argument.stride() != base.stride():
+            return None
+        start, rest = divmod(argument.storage_offset() - base.storage_offset(), base.stride(0))
+        if rest:
+            return None
+        return Slot(self._by_id[id(base)][0], start, start + argument.shape[0], base.shape[0])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some of a batch's examples: ``part`` of ``batch``, found by ``layout``."""
+
+    layout: BatchLayout
+    batch: int
+    part: slice
+
+    def split(self, tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """Return a ``(*lead, *features)`` tensor as ``(m, positions, *features)``."""
+        return self.layout.split(tensor, lead, self.batch)[self.part]
+
+    def split_signals(self, signals: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """Return ``(c, *lead, *features)`` signals as ``(m, c, positions, *features)``."""
+        if signals.shape[0] == 1:
+            return self.split(signals[0], lead)[:, None]
+        return torch.stack([self.split(signal, lead) for signal in signals], 1)
+
+
+class Use(ABC):
+    """One call of a function on tracked parameters, seen during a forward pass.
+
+    Attributes
+    ----------
+    edge : GradientEdge
+        Where the gradient of the call's output passes in the autograd graph.
+    lead : tuple of int
+        Leading dimensions of the output, among which the examples are.
+    names : tuple of str
+        Tracked parameters that the call uses.
+    """
+
+    #: Functions whose calls this rule reads.
+    functions: ClassVar[tuple[Callable[..., Any], ...]]
+    #: How coverage names this rule.
+    description: ClassVar[str]
+
+    edge: GradientEdge
+    lead: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    @abstractmethod
+    def match(cls, index: ParameterIndex, *args: Any, **kwargs: Any) -> Use | None:
+        """Return the use that a call with these arguments is, or None if it uses no parameter."""
+
+    @abstractmethod
+    def observe(self, output: Tensor) -> None:
+        """Set `lead` from the call's output."""
+
+    @abstractmethod
+    def rows(self, name: str, signals: Tensor, examples: Examples) -> Tensor:
+        """Return per-example gradients of one parameter, shape ``(m, c, *shape)``.
+
+        Parameters
+        ----------
+        name : str
+            One of `names`.
+        signals : Tensor of shape (c, *output shape)
+            Gradients of c scalars per example with respect to the output.
+        examples : Examples
+            Which examples, and where they are.
+        """
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What has to stay the same for a layout found once to hold again."""
+        return type(self).__name__, self.names, len(self.lead)
+
+
+class MatrixUse(Use):
+    """A use whose weight gradient is a sum over positions of ``s aᵀ``, group by group.
+
+    Attributes
+    ----------
+    weight, bias : Slot or None
+        Where the two parameters of the map lie; None if untracked or absent.
+    layout : MatrixLayout
+        The map's matrices, without the bias.
+    weight_shape : torch.Size
+        Shape of the weight argument.
+    """
+
+    weight: Slot | None
+    bias: Slot | None
+    layout: MatrixLayout
+    weight_shape: torch.Size
+
+    @abstractmethod
+    def inputs(self, examples: Examples) -> Tensor:
+        """Return the map's inputs, shape ``(m, T, groups, in)``."""
+
+    @abstractmethod
+    def signals(self, signals: Tensor, examples: Examples) -> Tensor:
+        """Return the gradients at its outputs, shape ``(m, c, T, groups, out)``."""
+
+    def rows(self, name: str, signals: Tensor, examples: Examples) -> Tensor:
+        """Return per-example gradients of one parameter, shape ``(m, c, *shape)``."""
+        s = self.signals(signals, examples)
+        m, c = s.shape[:2]
+        out: Tensor | None = None
+        if self.weight is not None and self.weight.name == name:
+            factored = FactoredRows(self.inputs(examples).to(s.dtype), s, self.layout)
+            values = factored.densify().rows.view(m, c, *self.weight_shape)
+            out = self.weight.pad(values, 2)
+        if self.bias is not None and self.bias.name == name:
+            values = self.bias.pad(s.sum(2).flatten(2), 2)
+            out = values if out is None else out + values
+        assert out is not None
+        return out
+
+
+def slot_names(*slots: Slot | None) -> tuple[str, ...]:
+    """Return the names of the slots there are."""
+    return tuple(slot.name for slot in slots if slot is not None)

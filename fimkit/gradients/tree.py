@@ -1,0 +1,50 @@
+"""Tensors inside the containers that batches come in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["map_tensors", "tensors", "to_device"]
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Return the batch with ``function`` applied to every tensor, its containers rebuilt.
+
+    Mappings, tuples, named tuples, lists and dataclasses are entered; all else is handed on.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        items = {key: map_tensors(function, value) for key, value in batch.items()}
+        return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
+    if isinstance(batch, tuple | list):
+        values = [map_tensors(function, value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(
+            batch, **{name: map_tensors(function, value) for name, value in fields.items()}
+        )
+    return batch
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """Return every tensor of the batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch on ``device``, with inference-mode tensors made ordinary ones."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() else moved
+
+    return map_tensors(move, batch)

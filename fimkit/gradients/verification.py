@@ -1,0 +1,154 @@
+"""Checks of captured gradients against autograd, so that no wrong number passes silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.layout import BatchLayout, candidate_layouts
+from fimkit.gradients.rules import Use
+from fimkit.operators import FactoredRows, RowMatrix
+
+__all__ = ["RandomSum", "refuse_reentrant_checkpoint"]
+
+# Relative disagreement at which captured and true gradients count as different.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_COARSE_TOLERANCE = 5e-2
+
+
+class RandomSum:
+    """Autograd's gradients of one random combination of a batch's scalars.
+
+    Parameters
+    ----------
+    scalars : Tensor of shape (B, c)
+        Scalars whose gradients are the rows.
+    uses : sequence of Use
+        Captured calls.
+    parameters : mapping of str to Tensor
+        The tracked parameters.
+    """
+
+    def __init__(
+        self, scalars: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor]
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64)
+        self.coefficients = random.to(scalars)
+        gradients = torch.autograd.grad(
+            (self.coefficients * scalars).sum(),
+            [*(use.edge for use in uses), *parameters.values()],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        self._signals = gradients[: len(uses)]
+        self._parameters = {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for (name, parameter), gradient in zip(
+                parameters.items(), gradients[len(uses) :], strict=True
+            )
+        }
+
+    def layout(self, i: int, use: Use, signals: Tensor | None) -> BatchLayout | None:
+        """Return the layout under which each position answers to one example's scalars only.
+
+        At a position of example i the gradient of the random sum must be the same combination of
+        that example's signals; a wrong layout, or a position shared by examples, fails.
+        """
+        n = self.coefficients.shape[0]
+        candidates = candidate_layouts(use.lead, n)
+        observed = self._signals[i]
+        if signals is None or observed is None:
+            return candidates[0] if candidates else BatchLayout(None)
+        tolerance = _tolerance(observed.dtype)
+        weights = self.coefficients.to(signals)
+        for layout in candidates:
+            expected = sum(
+                layout.split(signal, use.lead, n).flatten(1) * weights[:, j, None]
+                for j, signal in enumerate(signals)
+            )
+            error = layout.split(observed, use.lead, n).flatten(1) - expected
+            if _norm(error) <= tolerance * _norm(observed):
+                return layout
+        return None
+
+    def disagreeing(self, rows: RowMatrix, places: Mapping[str, slice]) -> list[str]:
+        """Return the parameters whose rows do not add up to autograd's gradient.
+
+        Parameters
+        ----------
+        rows : RowMatrix
+            Rows of the groups to check.
+        places : mapping of str to slice
+            Where each parameter to check lies in the flat vector.
+        """
+        if not rows.groups:
+            return []
+        dtypes = {gradient.dtype for gradient in self._parameters.values()}
+        tolerance = max(_tolerance(dtype) for dtype in (*dtypes, *_dtypes(rows)))
+        floor = min(tolerance, 100 * max(torch.finfo(dtype).eps for dtype in dtypes))
+        everything = sum(_norm(gradient) ** 2 for gradient in self._parameters.values()) ** 0.5
+        sums, magnitudes = self._combined(rows)
+        wrong = []
+        for name, place in places.items():
+            true = self._parameters[name].flatten().to(sums)
+            scale = max(_norm(magnitudes[place]), _norm(true))
+            error = _norm(sums[place] - true)
+            if not error <= tolerance * scale + floor * everything:
+                wrong.append(name)
+        return wrong
+
+    def _combined(self, rows: RowMatrix) -> tuple[Tensor, Tensor]:
+        """Return the random sum of the rows, and a bound on the sizes of what was added up."""
+        like = next(iter(rows.groups))[1]
+        weights = self.coefficients.to(like.device, like.dtype)[None]
+        sums = weights.new_zeros(rows.size)
+        magnitudes = weights.new_zeros(rows.size)
+        for columns, group in rows.groups:
+            columns.put(sums[None], group.combine(weights))
+            bound = group.abs() if isinstance(group, FactoredRows) else group
+            columns.put(magnitudes[None], bound.combine(weights.abs()))
+        return sums, magnitudes
+
+
+def refuse_reentrant_checkpoint(scalars: Tensor, detached: Iterable[str]) -> None:
+    """Raise if part of the graph is a reentrant checkpoint, which gradients cannot be taken through.
+
+    Parameters
+    ----------
+    scalars : Tensor
+        The end of the graph.
+    detached : iterable of str
+        Parameters met without gradients, which name the checkpointed part.
+    """
+    seen: set[Any] = set()
+    stack = [scalars.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            where = f" around {', '.join(sorted(detached))}" if detached else ""
+            raise IFVPUsageError(
+                f"the model uses reentrant activation checkpointing{where}, which hides its "
+                "layers from autograd.grad; pass use_reentrant=False to "
+                "torch.utils.checkpoint.checkpoint."
+            )
+        seen.add(node)
+        stack.extend(after for after, _ in node.next_functions)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+
+
+def _dtypes(rows: RowMatrix) -> set[torch.dtype]:
+    return {group.dtype for _, group in rows.groups}
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.float().norm() if tensor.dtype != torch.float64 else tensor.norm())

@@ -1,0 +1,23 @@
+"""Pure linear algebra on tensors: curvature operators that know neither models nor scikit-learn."""
+
+from fimkit.operators.base import Operator
+from fimkit.operators.block_diagonal import BlockDiagonalOperator
+from fimkit.operators.dense import DenseOperator
+from fimkit.operators.gram import GramOperator
+from fimkit.operators.layout import MatrixLayout
+from fimkit.operators.row_matrix import Columns, RowMatrix, join_rows
+from fimkit.operators.rows import DenseRows, FactoredRows, Rows
+
+__all__ = [
+    "BlockDiagonalOperator",
+    "Columns",
+    "DenseOperator",
+    "DenseRows",
+    "FactoredRows",
+    "GramOperator",
+    "MatrixLayout",
+    "Operator",
+    "RowMatrix",
+    "Rows",
+    "join_rows",
+]

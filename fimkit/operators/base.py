@@ -1,0 +1,57 @@
+"""What every curvature operator answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["Operator"]
+
+
+class Operator(ABC):
+    """A symmetric positive semi-definite ``(p, p)`` matrix ``F`` that is applied, not indexed.
+
+    ``F`` itself is undamped; ``damping`` is an argument of everything that concerns its inverse.
+    Vectors are ``(k, p)`` tensors of any floating dtype on the operator's device; results have the
+    vectors' dtype, whatever precision the arithmetic needs. Scalars are float64.
+    """
+
+    #: Number of parameters p.
+    size: int
+    #: Where the operator's tensors live and its vectors are expected.
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(p, p)``."""
+        return self.size, self.size
+
+    @abstractmethod
+    def matmul(self, vectors: Tensor) -> Tensor:
+        """Return ``F v`` for each of ``(k, p)`` vectors."""
+
+    @abstractmethod
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+
+    @abstractmethod
+    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``F``, shape ``(p,)``."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """Return the trace of ``F``."""
+
+    @abstractmethod
+    def logdet(self, damping: float) -> float:
+        """Return ``log det(F + damping I)``."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return ``F`` as a ``(p, p)`` tensor."""

@@ -1,0 +1,85 @@
+"""A curvature operator made of one operator per block of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.base import Operator
+from fimkit.operators.row_matrix import Columns
+
+__all__ = ["BlockDiagonalOperator"]
+
+
+class BlockDiagonalOperator(Operator):
+    """Independent operators on disjoint columns that together cover all parameters.
+
+    ``damping`` may be one number, or one per block in order.
+
+    Parameters
+    ----------
+    blocks : mapping of str to (Columns, Operator)
+        Named blocks.
+    """
+
+    def __init__(self, blocks: dict[str, tuple[Columns, Operator]]) -> None:
+        self.blocks = blocks
+        self.size = sum(columns.size for columns, _ in blocks.values())
+        self.device = next(iter(blocks.values()))[1].device
+
+    def matmul(self, vectors: Tensor) -> Tensor:
+        """Return ``F v`` for each of ``(k, p)`` vectors."""
+        out = torch.empty_like(vectors)
+        for columns, operator in self.blocks.values():
+            columns.put(out, operator.matmul(columns.take(vectors)))
+        return out
+
+    def solve(self, vectors: Tensor, damping: float | Sequence[float]) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+        out = torch.empty_like(vectors)
+        for (columns, operator), value in self._damped(damping):
+            columns.put(out, operator.solve(columns.take(vectors), value))
+        return out
+
+    def inverse_quadratic(self, vectors: Tensor, damping: float | Sequence[float]) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+        parts = [
+            operator.inverse_quadratic(columns.take(vectors), value)
+            for (columns, operator), value in self._damped(damping)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``F``, shape ``(p,)``."""
+        parts = [(columns, operator.diagonal()) for columns, operator in self.blocks.values()]
+        out = parts[0][1].new_empty(self.size)
+        for columns, values in parts:
+            columns.put(out[None], values[None])
+        return out
+
+    def trace(self) -> float:
+        """Return the trace of ``F``."""
+        return sum(operator.trace() for _, operator in self.blocks.values())
+
+    def logdet(self, damping: float | Sequence[float]) -> float:
+        """Return ``log det(F + damping I)``."""
+        return sum(operator.logdet(value) for (_, operator), value in self._damped(damping))
+
+    def to_dense(self) -> Tensor:
+        """Return ``F`` as a ``(p, p)`` tensor."""
+        parts = [(columns, operator.to_dense()) for columns, operator in self.blocks.values()]
+        out = parts[0][1].new_zeros((self.size, self.size))
+        for columns, matrix in parts:
+            indices = torch.cat(
+                [torch.arange(part.start, part.stop, device=out.device) for part in columns.parts]
+            )
+            out[indices[:, None], indices] = matrix
+        return out
+
+    def _damped(
+        self, damping: float | Sequence[float]
+    ) -> list[tuple[tuple[Columns, Operator], float]]:
+        values = [damping] * len(self.blocks) if isinstance(damping, int | float) else damping
+        return list(zip(self.blocks.values(), values, strict=True))

@@ -1,0 +1,75 @@
+"""Cholesky factors of damped matrices, with the last one kept and singular ones refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimkit.exceptions import SingularFisherError
+
+__all__ = ["DampedCholesky", "singular"]
+
+
+def singular(damping: float, why: str) -> SingularFisherError:
+    """Return the error for an inverse that does not exist in floating point."""
+    return SingularFisherError(
+        f"The Fisher information matrix damped with regularization={damping:g} is singular to "
+        f"working precision: {why}. Use a larger regularization, such as 'auto' or 1e-3 times "
+        "the mean of the Fisher's diagonal."
+    )
+
+
+class DampedCholesky:
+    """Lower Cholesky factors of ``matrix + damping I``; only the last one is kept.
+
+    A kept factor is never pickled.
+
+    Parameters
+    ----------
+    matrix : Tensor of shape (m, m)
+        Symmetric positive semi-definite.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._kept: tuple[float, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def factor(self, damping: float) -> Tensor:
+        """Return the lower factor ``L`` with ``L Lᵀ = matrix + damping I``."""
+        kept = self._kept
+        if kept is not None and kept[0] == damping:
+            return kept[1]
+        damped = self.matrix.clone()
+        damped.diagonal().add_(damping)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) != 0:
+            raise singular(damping, "it is not positive definite")
+        self._kept = (damping, factor)
+        return factor
+
+    def solve(self, columns: Tensor, damping: float) -> Tensor:
+        """Return ``(matrix + damping I)⁻¹ columns`` for an ``(m, k)`` tensor."""
+        return torch.cholesky_solve(columns, self.factor(damping))
+
+    def whiten(self, columns: Tensor, damping: float) -> Tensor:
+        """Return ``L⁻¹ columns``, whose squares sum to the inverse quadratic form."""
+        return torch.linalg.solve_triangular(self.factor(damping), columns, upper=False)
+
+    def logdet(self, damping: float) -> float:
+        """Return ``log det(matrix + damping I)``."""
+        return 2 * float(self.factor(damping).diagonal().log().sum())
+
+    def is_singular(self, damping: float) -> bool:
+        """Whether ``damping`` is too small for an inverse: λ_min + damping < m · eps · λ_max."""
+        eps = torch.finfo(self.matrix.dtype).eps * self.matrix.shape[0]
+        if damping > eps * float(self.matrix.diagonal().sum()):  # the trace bounds λ_max
+            return False
+        eigenvalues = torch.linalg.eigvalsh(self.matrix)
+        return bool(eigenvalues[0] + damping < eps * eigenvalues[-1]) or float(
+            eigenvalues[-1]
+        ) + damping <= 0

@@ -1,0 +1,65 @@
+"""The Fisher information matrix as a dense matrix (primal)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.base import Operator
+from fimkit.operators.cholesky import DampedCholesky, singular
+
+__all__ = ["DenseOperator"]
+
+
+class DenseOperator(Operator):
+    """``F`` itself, solved by Cholesky.
+
+    Parameters
+    ----------
+    matrix : Tensor of shape (p, p)
+        Symmetric positive semi-definite, float64 where the device has it.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.size = matrix.shape[0]
+        self.device = matrix.device
+        self._cholesky = DampedCholesky(matrix)
+
+    def matmul(self, vectors: Tensor) -> Tensor:
+        """Return ``F v`` for each of ``(k, p)`` vectors."""
+        return (vectors.to(self.matrix.dtype) @ self.matrix).to(vectors.dtype)
+
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+        self._check(damping)
+        columns = vectors.to(self.matrix.dtype).T
+        return self._cholesky.solve(columns, damping).T.to(vectors.dtype)
+
+    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+        self._check(damping)
+        white = self._cholesky.whiten(vectors.to(self.matrix.dtype).T, damping)
+        return white.square().sum(0)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``F``, shape ``(p,)``."""
+        return self.matrix.diagonal().clone()
+
+    def trace(self) -> float:
+        """Return the trace of ``F``."""
+        return float(self.matrix.diagonal().sum())
+
+    def logdet(self, damping: float) -> float:
+        """Return ``log det(F + damping I)``."""
+        self._check(damping)
+        return self._cholesky.logdet(damping)
+
+    def to_dense(self) -> Tensor:
+        """Return ``F`` as a ``(p, p)`` tensor."""
+        return self.matrix.clone()
+
+    def _check(self, damping: float) -> None:
+        if self._cholesky.is_singular(damping):
+            size = torch.finfo(self.matrix.dtype).eps * self.size
+            raise singular(damping, f"its smallest eigenvalue is below {size:.1g} of the largest")

@@ -1,0 +1,125 @@
+r"""The Fisher information matrix through the Gram matrix of its rows (dual), never formed.
+
+With the weighted rows :math:`G` (r of them) and :math:`K = G G^\top / n`, the Woodbury identity
+gives
+
+.. math:: (F + \lambda I)^{-1} V
+          = \bigl(V - (V G^\top)(n \lambda I + G G^\top)^{-1} G\bigr) / \lambda ,
+
+which takes r × r numbers where F has p × p. The subtraction cancels nearly everything when V lies
+in the span of the rows (training gradients do), so the Gram matrix, the products with V, the solve
+and the subtraction are float64, in chunks, whatever the rows are stored in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.base import Operator
+from fimkit.operators.cholesky import DampedCholesky, singular
+from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.operators.row_matrix import RowMatrix
+
+__all__ = ["GramOperator"]
+
+
+class GramOperator(Operator):
+    """``F = (1/n) Σ w g gᵀ`` over the rows of a `RowMatrix`, solved in the space of rows.
+
+    Parameters
+    ----------
+    rows : RowMatrix
+        Gradients with their weights.
+    device : torch.device
+        Where the rows are.
+    """
+
+    def __init__(self, rows: RowMatrix, device: torch.device) -> None:
+        self.rows = rows
+        self.size = rows.size
+        self.device = device
+        dtype = accumulation_dtype(device)
+        gram = rows.gram(dtype, device)
+        self._scale = (rows.flat_weights(gram) / rows.n).sqrt()
+        gram.mul_(self._scale[:, None]).mul_(self._scale)
+        self._cholesky = DampedCholesky(gram)
+
+    @property
+    def gram(self) -> Tensor:
+        """Inner products of the weighted rows over n, shape ``(r, r)``: F's nonzero spectrum."""
+        return self._cholesky.matrix
+
+    def matmul(self, vectors: Tensor) -> Tensor:
+        """Return ``F v`` for each of ``(k, p)`` vectors."""
+        out = torch.zeros_like(vectors)
+        for some, columns, values in self.rows.combine(self._project(vectors) * self._scale):
+            out[some, columns] = values.to(out.dtype)
+        return out
+
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+        self._check(damping)
+        coefficients = self._cholesky.solve(self._project(vectors).T, damping).T * self._scale
+        out = torch.empty_like(vectors)
+        covered = 0
+        for some, columns, values in self.rows.combine(coefficients):
+            torch.sub(vectors[some, columns], values, out=values)
+            out[some, columns] = values.div_(damping)
+            covered += values.numel()
+        assert covered == out.numel()
+        return out
+
+    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+        self._check(damping)
+        white = self._cholesky.whiten(self._project(vectors).T, damping)
+        return (self.squared_norms(vectors) - white.square().sum(0)) / damping
+
+    def squared_norms(self, vectors: Tensor) -> Tensor:
+        """Return ``‖v‖²`` of each of ``(k, p)`` vectors in the Gram matrix's dtype."""
+        wide = self.gram.dtype
+        parts = chunks(vectors.shape[0], vectors.shape[1] * wide.itemsize)
+        norms = [vectors[some].to(wide).square().sum(1) for some in parts]
+        return torch.cat(norms) if norms else self.gram.new_empty(0)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``F``, shape ``(p,)``."""
+        return self.rows.diagonal(self._scale.square())
+
+    def trace(self) -> float:
+        """Return the trace of ``F``."""
+        return float(self.gram.diagonal().sum())
+
+    def logdet(self, damping: float) -> float:
+        """Return ``log det(F + damping I)``."""
+        self._check(damping)
+        rest = self.size - self.gram.shape[0]
+        return self._cholesky.logdet(damping) + rest * math.log(damping)
+
+    def to_dense(self) -> Tensor:
+        """Return ``F`` as a ``(p, p)`` tensor."""
+        out = self.gram.new_zeros((self.size, self.size))
+        scale = self._scale.view(self.rows.n, self.rows.c)
+        for part in chunks(self.rows.n, self.rows.c * self.size * out.element_size()):
+            rows = self.rows.dense(part, out.dtype) * scale[part].reshape(-1, 1)
+            out.addmm_(rows.T, rows)
+        return out
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        return self.rows.project(vectors, self.gram.dtype) * self._scale
+
+    def _check(self, damping: float) -> None:
+        if damping <= torch.finfo(self.gram.dtype).eps * self._largest(damping):
+            raise singular(
+                damping, f"its rank is at most {self.gram.shape[0]} of {self.size} parameters"
+            )
+
+    def _largest(self, damping: float) -> float:
+        """Bound F's largest eigenvalue, closely only where ``damping`` is near its rounding."""
+        trace = self.trace()
+        if damping > torch.finfo(self.gram.dtype).eps * trace:
+            return trace
+        return float(torch.linalg.eigvalsh(self.gram)[-1])

@@ -1,0 +1,39 @@
+"""Chunk sizes that keep temporaries within one memory budget, and the accumulation precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["BUDGET", "accumulation_dtype", "chunks"]
+
+#: Bytes that the temporaries of one chunk may take.
+BUDGET = 128 * 2**20
+
+
+def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[slice]:
+    """Cut ``range(n)`` into slices whose items, at ``bytes_each`` bytes, fit the budget.
+
+    Parameters
+    ----------
+    n : int
+        Number of items.
+    bytes_each : int
+        Bytes of temporaries that one item needs.
+    budget : int, optional
+        Bytes that one slice may take; `BUDGET` when not given.
+
+    Yields
+    ------
+    slice
+        Consecutive slices of at least one item each.
+    """
+    step = max(1, (BUDGET if budget is None else budget) // max(1, bytes_each))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device that has no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,166 @@
+"""The matrix of per-example gradients over all parameters, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fimkit.operators.memory import chunks
+from fimkit.operators.rows import DenseRows, FactoredRows, Rows
+
+__all__ = ["Columns", "RowMatrix", "join_rows"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a group's parameters lie in the flat vector: one slice per parameter, in order."""
+
+    parts: tuple[slice, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of columns."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    def take(self, vectors: Tensor) -> Tensor:
+        """Return these columns of ``(k, p)`` vectors, as a view where they are contiguous."""
+        first, last = self.parts[0], self.parts[-1]
+        if last.stop - first.start == self.size:
+            return vectors[:, first.start : last.stop]
+        return torch.cat([vectors[:, part] for part in self.parts], 1)
+
+    def put(self, vectors: Tensor, values: Tensor) -> None:
+        """Write ``(k, size)`` values into these columns of ``(k, p)`` vectors."""
+        for place, piece in self.pieces(values):
+            vectors[:, place] = piece
+
+    def pieces(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each parameter's place in the flat vector with its part of ``(k, size)`` values."""
+        start = 0
+        for part in self.parts:
+            stop = start + part.stop - part.start
+            yield part, values[:, start:stop]
+            start = stop
+
+
+class RowMatrix:
+    """Gradients of n examples, c rows each, over p parameters, with weights beside the rows.
+
+    Parameters
+    ----------
+    groups : sequence of (Columns, Rows)
+        The rows of each group of parameters and where its parameters lie. Columns that no group
+        covers are zero.
+    size : int
+        Number of parameters p.
+    weights : Tensor of shape (n, c), optional
+        Weight of each row in the Fisher information matrix; one when not given.
+    """
+
+    def __init__(
+        self, groups: Sequence[tuple[Columns, Rows]], size: int, weights: Tensor | None = None
+    ) -> None:
+        self.groups = list(groups)
+        self.size = size
+        self.weights = weights
+        self.n, self.c = (self.groups[0][1].n, self.groups[0][1].c) if self.groups else (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows, ``n * c``, and of parameters."""
+        return self.n * self.c, self.size
+
+    def flat_weights(self, like: Tensor) -> Tensor:
+        """Return the ``n * c`` row weights in the dtype and on the device of ``like``."""
+        if self.weights is None:
+            return like.new_ones(self.n * self.c)
+        return self.weights.flatten().to(like)
+
+    def gram(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Inner products of all pairs of unweighted rows, shape ``(n * c, n * c)``."""
+        gram = torch.zeros((self.n * self.c,) * 2, dtype=dtype, device=device)
+        for _, rows in self.groups:
+            rows.add_gram(gram)
+        gram.triu_()
+        return gram.add_(gram.triu(1).T)
+
+    def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inner products of ``(k, p)`` vectors with every row, shape ``(k, n * c)``.
+
+        The arithmetic is in ``dtype``; vectors are converted chunk by chunk.
+        """
+        out = vectors.new_zeros((vectors.shape[0], self.n, self.c), dtype=dtype)
+        for columns, rows in self.groups:
+            for some in chunks(vectors.shape[0], columns.size * dtype.itemsize):
+                out[some] += rows.project(columns.take(vectors[some]).to(dtype))
+        return out.flatten(1)
+
+    def combine(self, coefficients: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Sums of the rows weighted by ``(k, n * c)`` coefficients, piece by piece.
+
+        Yields
+        ------
+        vectors, columns : slice
+            Place of the piece in the ``(k, p)`` result; columns that no group covers are zero
+            and never yielded.
+        values : Tensor
+            The piece, in the dtype of the coefficients.
+        """
+        coefficients = coefficients.view(-1, self.n, self.c)
+        itemsize = coefficients.element_size()
+        for columns, rows in self.groups:
+            for some in chunks(coefficients.shape[0], columns.size * itemsize):
+                for part, values in columns.pieces(rows.combine(coefficients[some])):
+                    yield some, part, values
+
+    def squared_norms(self, dtype: torch.dtype) -> Tensor:
+        """Squared Euclidean norm of every row, shape ``(n * c,)``."""
+        norms = [rows.squared_norms(dtype) for _, rows in self.groups]
+        return torch.stack(norms).sum(0).flatten()
+
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """Sum of the squared rows weighted by ``(n * c,)`` weights, shape ``(p,)``."""
+        out = weights.new_zeros(self.size)
+        for columns, rows in self.groups:
+            columns.put(out[None], rows.diagonal(weights.view(self.n, self.c))[None])
+        return out
+
+    def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of the examples in ``part``, shape ``(m * c, p)``."""
+        out: Tensor | None = None
+        for columns, rows in self.groups:
+            values = rows.dense(part, dtype).flatten(0, 1)
+            if out is None:
+                out = values.new_zeros((values.shape[0], self.size))
+            columns.put(out, values)
+        assert out is not None
+        return out
+
+    @classmethod
+    def cat(cls, parts: Sequence[RowMatrix]) -> RowMatrix:
+        """Join the examples of all parts, which have the same groups."""
+        weights = None
+        if parts[0].weights is not None:
+            c = max(part.c for part in parts)
+            weights = torch.cat(
+                [pad(part.weights, (0, c - part.c)) for part in parts if part.weights is not None]
+            )
+        groups = [
+            (columns, join_rows([part.groups[i][1] for part in parts]))
+            for i, (columns, _) in enumerate(parts[0].groups)
+        ]
+        return cls(groups, parts[0].size, weights)
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """Join the examples of all parts: factored if all are, else dense."""
+    if len(parts) == 1:
+        return parts[0]
+    factored = [part for part in parts if isinstance(part, FactoredRows)]
+    if len(factored) == len(parts):
+        return FactoredRows.cat(factored)
+    return DenseRows.cat([part.densify() for part in parts])

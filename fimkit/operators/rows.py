@@ -1,0 +1,329 @@
+r"""Per-example gradients of one group of parameters: dense, or as the factors of an outer product.
+
+For a linear map the gradient of example i is :math:`G_i = \sum_t s_{it} a_{it}^\top` over its T
+positions. Kept as the pair (a, s), n gradients of ``out * in`` numbers take ``n * T * (in + out)``,
+and everything that is asked of them is one of four operations:
+
+- ``gram``: :math:`\langle g_i, g_j \rangle`,
+- ``squared_norms``: :math:`\|g_i\|^2`,
+- ``project``: :math:`\langle g_i, V \rangle = \sum_t s_{it}^\top V a_{it}`,
+- ``combine``: :math:`\sum_i c_i g_i = \sum_{it} c_i s_{it} a_{it}^\top`.
+
+An example has ``c`` rows (one label, several sampled labels, or one per class), which share its
+inputs ``a``. Sizes below: n examples, c rows each, k vectors, ``width`` parameters of the group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.layout import MatrixLayout
+from fimkit.operators.memory import chunks
+
+__all__ = ["DenseRows", "FactoredRows", "Rows"]
+
+# Tiles of the Gram matrix are no wider than this, so that its symmetry halves the work.
+_TILE = 512
+
+
+class Rows(ABC):
+    """``n * c`` gradients of ``width`` numbers; every operation computes in its argument's dtype.
+
+    A subclass says how rows become dense; it overrides an operation where its own form is cheaper.
+    """
+
+    n: int
+    c: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Rows:
+        """Return the same rows stored in ``dtype``."""
+
+    def densify(self) -> DenseRows:
+        """Return the same rows stored as they are, in the dtype they are kept in."""
+        parts = self._dense_chunks(self.dtype.itemsize)
+        return DenseRows(torch.cat([self.dense(part, self.dtype) for part in parts]))
+
+    def _dense_chunks(self, itemsize: int) -> list[slice]:
+        return list(chunks(self.n, self.c * self.width * itemsize))
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Inner products of every row with ``(k, width)`` vectors, shape ``(k, n, c)``."""
+        out = vectors.new_empty((vectors.shape[0], self.n, self.c))
+        for part in self._dense_chunks(vectors.element_size()):
+            rows = self.dense(part, vectors.dtype)
+            out[:, part] = (vectors @ rows.flatten(0, 1).T).view(-1, *rows.shape[:2])
+        return out
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Sums of the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
+        out = coefficients.new_zeros((coefficients.shape[0], self.width))
+        for part in self._dense_chunks(coefficients.element_size()):
+            rows = self.dense(part, coefficients.dtype)
+            out.addmm_(coefficients[:, part].flatten(1), rows.flatten(0, 1))
+        return out
+
+    def squared_norms(self, dtype: torch.dtype) -> Tensor:
+        """Squared Euclidean norm of every row, shape ``(n, c)``."""
+        parts = self._dense_chunks(dtype.itemsize)
+        return torch.cat([self.dense(part, dtype).square().sum(2) for part in parts])
+
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
+        out = weights.new_zeros(self.width)
+        for part in self._dense_chunks(weights.element_size()):
+            rows = self.dense(part, weights.dtype).flatten(0, 1)
+            out += weights[part].flatten() @ rows.square()
+        return out
+
+    def add_gram(self, gram: Tensor) -> None:
+        """Add the inner products of all pairs of rows to ``gram``, ``(n * c, n * c)``, in place.
+
+        Only tiles on and above the diagonal are touched; the caller mirrors them once.
+        """
+        step = max(1, min(_TILE // self.c, self._gram_tile(gram.element_size())))
+        tiles = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
+        for i, rows in enumerate(tiles):
+            left = self._gram_side(rows, gram.dtype)
+            for columns in tiles[i:]:
+                right = left if columns is rows else self._gram_side(columns, gram.dtype)
+                block = gram[
+                    rows.start * self.c : rows.stop * self.c,
+                    columns.start * self.c : columns.stop * self.c,
+                ]
+                self._add_gram_tile(left, right, block)
+
+    def _gram_tile(self, itemsize: int) -> int:
+        return self._dense_chunks(itemsize)[0].stop if self.n else 1
+
+    def _gram_side(self, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self.dense(part, dtype).flatten(0, 1),)
+
+    def _add_gram_tile(
+        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], out: Tensor
+    ) -> None:
+        out.addmm_(left[0], right[0].T)
+
+
+class DenseRows(Rows):
+    """Rows that are stored as they are.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (n, c, width)
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.n, self.c, self.width = rows.shape
+        self.dtype, self.device = rows.dtype, rows.device
+
+    def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
+        return self.rows[part].to(dtype)
+
+    def to(self, dtype: torch.dtype) -> DenseRows:
+        """Return the same rows stored in ``dtype``."""
+        return DenseRows(self.rows.to(dtype))
+
+    def densify(self) -> DenseRows:
+        """Return these rows."""
+        return self
+
+    @classmethod
+    def cat(cls, parts: Sequence[DenseRows]) -> DenseRows:
+        """Join the examples of all parts, with zero rows where an example has fewer."""
+        c = max(part.c for part in parts)
+        return cls(torch.cat([_pad(part.rows, 1, c) for part in parts]))
+
+
+class FactoredRows(Rows):
+    """Rows that are sums over positions of outer products ``s aᵀ``, kept as their factors.
+
+    Parameters
+    ----------
+    inputs : Tensor of shape (n, T, groups, columns)
+        Inputs ``a`` of the linear map, with a last column of ones where ``layout`` has a bias
+        (zeros at positions that do not meet the bias).
+    signals : Tensor of shape (n, c, T, groups, out)
+        Gradients ``s`` of every row's scalar with respect to the map's output.
+    layout : MatrixLayout
+        How the matrices lie in the flat vector.
+    """
+
+    def __init__(self, inputs: Tensor, signals: Tensor, layout: MatrixLayout) -> None:
+        self.inputs = inputs
+        self.signals = signals
+        self.layout = layout
+        self.n, self.c, self.positions = signals.shape[:3]
+        self.width = layout.size
+        self.dtype, self.device = signals.dtype, signals.device
+
+    def to(self, dtype: torch.dtype) -> FactoredRows:
+        """Return the same rows stored in ``dtype``."""
+        return FactoredRows(self.inputs.to(dtype), self.signals.to(dtype), self.layout)
+
+    def abs(self) -> FactoredRows:
+        """Return the rows of magnitudes, a bound on what was added up in each entry."""
+        return FactoredRows(self.inputs.abs(), self.signals.abs(), self.layout)
+
+    def compact(self) -> Rows:
+        """Return these rows in the smaller of the two forms."""
+        if self.positions * (self.layout.columns + self.layout.out) < (
+            self.layout.columns * self.layout.out
+        ):
+            return self
+        return self.densify()
+
+    @classmethod
+    def cat(cls, parts: Sequence[FactoredRows]) -> FactoredRows:
+        """Join the examples of all parts, with zeros where one has fewer positions or rows."""
+        c = max(part.c for part in parts)
+        positions = max(part.positions for part in parts)
+        return cls(
+            torch.cat([_pad(part.inputs, 1, positions) for part in parts]),
+            torch.cat([_pad(_pad(part.signals, 2, positions), 1, c) for part in parts]),
+            parts[0].layout,
+        )
+
+    def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
+        a = self.inputs[part].to(dtype)
+        s = self.signals[part].to(dtype)
+        m = s.shape[0]
+        # (m, groups, c * out, T) @ (m, groups, T, columns)
+        s = s.permute(0, 3, 1, 4, 2).reshape(m, self.layout.groups, -1, self.positions)
+        rows = (s @ a.transpose(1, 2)).view(
+            m, self.layout.groups, self.c, self.layout.out, self.layout.columns
+        )
+        return self.layout.flatten(rows.transpose(1, 2).flatten(0, 1)).view(m, self.c, self.width)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Inner products of every row with ``(k, width)`` vectors, shape ``(k, n, c)``."""
+        if self.positions > 1 and vectors.shape[0] > 1:
+            return super().project(vectors)
+        out = vectors.new_empty((vectors.shape[0], self.n, self.c))
+        groups, position_size = self.layout.groups, self.positions * self.layout.out
+        for part, some in self._example_and_vector_chunks(vectors):
+            a = self.inputs[part].to(vectors.dtype)
+            s = self.signals[part].to(vectors.dtype)
+            m = s.shape[0]
+            v = self.layout.matrices(vectors[some])
+            k = v.shape[0]
+            # (groups, m * T, columns) @ (groups, columns, k * out)
+            va = a.permute(2, 0, 1, 3).reshape(groups, -1, self.layout.columns) @ (
+                v.transpose(0, 1).reshape(groups, -1, self.layout.columns).transpose(1, 2)
+            )
+            va = va.view(groups, m, self.positions, k, self.layout.out).permute(1, 3, 2, 0, 4)
+            va = va.reshape(m, k, groups * position_size)
+            products = va @ s.reshape(m, self.c, groups * position_size).transpose(1, 2)
+            out[some, part] = products.transpose(0, 1)
+        return out
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Sums of the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
+        if self.positions > 1 and coefficients.shape[0] > 1:
+            return super().combine(coefficients)
+        layout = self.layout
+        out = coefficients.new_zeros((coefficients.shape[0], self.width))
+        for part, some in self._example_and_vector_chunks(coefficients):
+            a = self.inputs[part].to(coefficients.dtype)
+            s = self.signals[part].to(coefficients.dtype)
+            weights = coefficients[some, part]
+            # (groups, k, out, m, T), then one product (groups, k * out, m * T) @ (m * T, columns)
+            if self.c == 1:
+                sums = s[:, 0].permute(2, 3, 0, 1)[:, None] * weights[:, None, :, :]
+            else:
+                sums = torch.einsum("kmc,mctgo->gkomt", weights, s)
+            matrices = sums.reshape(layout.groups, -1, sums.shape[3] * self.positions) @ (
+                a.permute(2, 0, 1, 3).reshape(layout.groups, -1, layout.columns)
+            )
+            matrices = matrices.view(layout.groups, -1, layout.out, layout.columns)
+            out[some] += layout.flatten(matrices.transpose(0, 1))
+        return out
+
+    def squared_norms(self, dtype: torch.dtype) -> Tensor:
+        """Squared Euclidean norm of every row, shape ``(n, c)``."""
+        if not self._gram_by_factors():
+            return super().squared_norms(dtype)
+        out = []
+        each = self.layout.groups * self.positions**2 * (self.c + 1) * dtype.itemsize
+        for part in chunks(self.n, each + self.positions * self.width):
+            a = self.inputs[part].to(dtype).transpose(1, 2)
+            s = self.signals[part].to(dtype).transpose(2, 3)
+            aa = a @ a.transpose(-1, -2)
+            ss = s @ s.transpose(-1, -2)
+            out.append((aa[:, None] * ss).sum((2, 3, 4)))
+        return torch.cat(out)
+
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
+        if self.positions > 1:
+            return super().diagonal(weights)
+        dtype = weights.dtype
+        squares = FactoredRows(
+            self.inputs.to(dtype).square(), self.signals.to(dtype).square(), self.layout
+        )
+        return squares.combine(weights[None])[0]
+
+    def _example_and_vector_chunks(self, array: Tensor) -> list[tuple[slice, slice]]:
+        itemsize, k, layout = array.element_size(), array.shape[0], self.layout
+        per_example = self.positions * layout.groups * layout.out
+        parts = list(chunks(self.n, (per_example * 2 + layout.groups * layout.columns) * itemsize))
+        m = parts[0].stop if parts else 1
+        some = list(chunks(k, (2 * layout.size + m * per_example * 2) * itemsize))
+        return [(part, vectors) for vectors in some for part in parts]
+
+    def _gram_by_factors(self) -> bool:
+        out, columns = self.layout.out, self.layout.columns
+        return self.positions**2 * (out + columns) < out * columns or self.positions == 1
+
+    def _gram_tile(self, itemsize: int) -> int:
+        if not self._gram_by_factors():
+            return super()._gram_tile(itemsize)
+        # A tile of m examples needs two (m T, m T) products per row pair.
+        return int((2**26 / itemsize) ** 0.5 / (self.positions * self.c))
+
+    def _gram_side(self, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if not self._gram_by_factors():
+            return super()._gram_side(part, dtype)
+        a = self.inputs[part].to(dtype).permute(2, 0, 1, 3)
+        s = self.signals[part].to(dtype).permute(3, 0, 1, 2, 4)
+        return a.flatten(1, 2), s.flatten(1, 3)
+
+    def _add_gram_tile(
+        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], out: Tensor
+    ) -> None:
+        if not self._gram_by_factors():
+            return super()._add_gram_tile(left, right, out)
+        t = self.positions
+        m, l = out.shape[0] // self.c, out.shape[1] // self.c
+        for group in range(self.layout.groups):
+            aa = (left[0][group] @ right[0][group].T).view(m, 1, t, l, 1, t)
+            ss = (left[1][group] @ right[1][group].T).view(m, self.c, t, l, self.c, t)
+            products = ss.mul_(aa)
+            if t > 1:
+                products = products.sum((2, 5))
+            out += products.reshape(out.shape)
+        return None
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Lengthen one dimension with zeros."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

@@ -1,0 +1,77 @@
+"""The Fisher information matrix of one block: its rows while they are few, then the matrix."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fimkit.operators import DenseOperator, GramOperator, Operator, RowMatrix
+from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.statistics.rows import RowAccumulator
+
+__all__ = ["FisherAccumulator", "Solver"]
+
+Solver = Literal["auto", "primal", "dual"]
+
+
+class FisherAccumulator:
+    """Accumulates ``F = (1/n) Σ w g gᵀ`` over batches, in the smaller of its two forms.
+
+    The dual form keeps r rows and needs their r × r Gram matrix; the primal form adds each
+    batch's rows to a p × p matrix in float64 and forgets them. ``"auto"`` starts dual and turns
+    primal once there are at least p rows.
+
+    Parameters
+    ----------
+    size : int
+        Number of parameters p of the block.
+    device : torch.device
+    solver : {"auto", "primal", "dual"}
+    """
+
+    def __init__(self, size: int, device: torch.device, solver: Solver = "auto") -> None:
+        self.size = size
+        self.device = device
+        self.n = 0
+        self._solver = solver
+        self._n_rows = 0
+        self._rows = RowAccumulator()
+        self._matrix: Tensor | None = None
+        if solver == "primal":
+            self._turn_primal()
+
+    def update(self, rows: RowMatrix) -> None:
+        """Add the rows of one batch."""
+        self.n += rows.n
+        self._n_rows += rows.shape[0]
+        if self._matrix is not None:
+            self._add(rows)
+            return
+        self._rows.update(rows)
+        if self._solver == "auto" and self._n_rows >= self.size:
+            self._turn_primal()
+            self._add(self._rows.result())
+            self._rows = RowAccumulator()
+
+    def result(self) -> Operator:
+        """Return the operator of all batches."""
+        if self._matrix is not None:
+            return DenseOperator(self._matrix / self.n)
+        return GramOperator(self._rows.result(), self.device)
+
+    def _turn_primal(self) -> None:
+        self._matrix = torch.zeros(
+            (self.size, self.size), dtype=accumulation_dtype(self.device), device=self.device
+        )
+
+    def _add(self, rows: RowMatrix) -> None:
+        assert self._matrix is not None
+        dtype = self._matrix.dtype
+        for part in chunks(rows.n, rows.c * rows.size * dtype.itemsize):
+            dense = rows.dense(part, dtype)
+            weighted = dense
+            if rows.weights is not None:
+                weighted = dense * rows.weights[part].to(dense).reshape(-1, 1)
+            self._matrix.addmm_(dense.T, weighted)
