@@ -1,3 +1,17 @@
 """fimkit: Fisher information matrices of PyTorch models, and their inverses times vectors."""
 
+from fimkit import influence, losses
+from fimkit.data import ModelData
+from fimkit.estimators import Explicit
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
+
+__all__ = [
+    "Explicit",
+    "IFVPUsageError",
+    "ModelData",
+    "SingularFisherError",
+    "influence",
+    "losses",
+]
+
 __version__ = "0.1.0"

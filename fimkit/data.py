@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["ModelData"]
+__all__ = ["Indices", "ModelData", "check_batches", "indexed_batches"]
 
 
 class ModelData:
@@ -75,7 +75,9 @@ class ModelData:
         self.model = model
         self.dataset = _map_style(dataset)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise IFVPUsageError(f"batch_size must be an integer of at least 1; got {batch_size!r}.")
+            raise IFVPUsageError(
+                f"batch_size must be an integer of at least 1; got {batch_size!r}."
+            )
         self.batch_size = batch_size
         self.collate_fn = collate_fn
         n = len(self.dataset)
@@ -131,8 +133,7 @@ class ModelData:
             indices = np.atleast_1d(self.indices[key])
         except IndexError as error:
             raise IndexError(
-                f"cannot select examples of a ModelData of length {len(self)} with {key!r}: "
-                f"{error}"
+                f"cannot select examples of a ModelData of length {len(self)} with {key!r}: {error}"
             ) from None
         return ModelData(
             self.model,
@@ -146,17 +147,145 @@ class ModelData:
         n, p = self.shape
         return f"ModelData({type(self.model).__name__}, n={n}, p={p})"
 
-    def __iter__(self) -> Iterator[Any]:
-        raise TypeError("a ModelData is not iterated over; slice it, or use its batches().")
-
     def batches(self) -> DataLoader[Any]:
         """Return a loader of the examples, in order."""
         return DataLoader(
             Subset(self.dataset, self.indices.tolist()),
             batch_size=self.batch_size,
-            collate_fn=self.collate_fn or default_collate,
+            collate_fn=self.collate_fn,
         )
 
 
-def _map_style(dataset: Any) -> Dataset[Any] & Sized:
-    raise NotImplementedError
+Indices = npt.NDArray[np.integer[Any]]
+
+
+def indexed_batches(data: Any, *, indexed: bool = True) -> Iterator[tuple[Indices | None, Any]]:
+    """Yield batches, with the positions of their examples in the dataset.
+
+    Parameters
+    ----------
+    data : ModelData, DataLoader or iterable of batches
+    indexed : bool, default=True
+        Whether positions are wanted; a loader is iterated over as it is when not.
+
+    Yields
+    ------
+    indices : ndarray of int, or None
+        Positions of the batch's examples, whatever the order of the loader; None where they are
+        not wanted, or cannot be known (an iterable that is no plain map-style loader).
+    batch
+        As the loader gives it.
+    """
+    if isinstance(data, ModelData):
+        for i, batch in enumerate(data.batches()):
+            yield data.indices[i * data.batch_size : (i + 1) * data.batch_size], batch
+    elif (
+        indexed
+        and type(data) is DataLoader
+        and data.batch_sampler is not None
+        and not isinstance(data.dataset, IterableDataset)
+    ):
+        yield from _tagged_loader(data)
+    else:
+        for batch in data:
+            yield None, batch
+
+
+class _Tagged(Dataset[Any]):
+    """A dataset whose examples come with their positions."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+        return index, self.dataset[index]
+
+
+class _TaggedCollate:
+    """A collate function that keeps positions apart from examples."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        return [index for index, _ in items], self.collate_fn([example for _, example in items])
+
+
+def _tagged_loader(loader: DataLoader[Any]) -> Iterator[tuple[Indices, Any]]:
+    tagged: DataLoader[Any] = DataLoader(
+        _Tagged(loader.dataset),
+        batch_sampler=loader.batch_sampler,
+        collate_fn=_TaggedCollate(loader.collate_fn),
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+    )
+    for indices, batch in tagged:
+        yield np.asarray(indices), batch
+
+
+def check_batches(data: Any) -> Any:
+    """Return data that can be iterated over in batches, or raise what it is instead.
+
+    Raises
+    ------
+    IFVPUsageError
+        If it is a dataset, a batch, or nothing iterable.
+    """
+    if isinstance(data, ModelData | DataLoader):
+        return data
+    remedy = "give a DataLoader, another iterable of batches, or ModelData(model, dataset)"
+    if isinstance(data, Dataset):
+        raise IFVPUsageError(f"dataloader is a dataset ({type(data).__name__}); {remedy}.")
+    if isinstance(data, Tensor | np.ndarray) or (
+        isinstance(data, tuple) and any(isinstance(item, Tensor) for item in data)
+    ):
+        raise IFVPUsageError(f"dataloader is a single batch; {remedy}, such as [(x, y)].")
+    if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping):
+        raise IFVPUsageError(f"dataloader is a {type(data).__name__}; {remedy}.")
+    return data
+
+
+def _map_style(dataset: Any) -> Any:
+    if (
+        isinstance(dataset, tuple | list)
+        and dataset
+        and all(isinstance(item, Tensor | np.ndarray) for item in dataset)
+    ):
+        arrays = [torch.as_tensor(item) for item in dataset]
+        lengths = [len(array) if array.ndim else 0 for array in arrays]
+        if len(set(lengths)) != 1:
+            raise IFVPUsageError(
+                f"dataset holds arrays of lengths {lengths}; they must be equal, one entry per "
+                "example."
+            )
+        return TensorDataset(*arrays)
+    if isinstance(dataset, IterableDataset) or not (
+        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    ):
+        raise IFVPUsageError(
+            f"dataset must have a length and be indexable; got {type(dataset).__name__}. "
+            "Give a map-style Dataset, a DataLoader of one, or a tuple of tensors; a stream of "
+            "batches goes to fit(model, dataloader) directly."
+        )
+    return dataset
+
+
+def _positions(indices: Any, n: int) -> npt.NDArray[np.integer[Any]]:
+    positions = np.asarray(indices)
+    if positions.ndim != 1 or (positions.dtype.kind not in "iu" and positions.size):
+        raise IFVPUsageError(
+            f"indices must be a 1-D sequence of integers; got shape {positions.shape} of dtype "
+            f"{positions.dtype}."
+        )
+    positions = positions.astype(np.intp)
+    if positions.size and not (-n <= positions.min() and positions.max() < n):
+        raise IFVPUsageError(
+            f"indices run from {positions.min()} to {positions.max()}, outside a dataset of {n} "
+            "examples."
+        )
+    return positions % n if n else positions

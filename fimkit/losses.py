@@ -75,8 +75,8 @@ class Loss:
             As returned by the methods of those names; ``targets`` for their shape and for
             positions that do not count.
         uniforms : callable
-            ``uniforms(m)`` returns a ``(B, m)`` float64 tensor of numbers in [0, 1) that depend
-            on the random state, the example and the sample, not on the batch.
+            ``uniforms(shape)``, with B first in ``shape``, returns a float64 tensor of numbers in
+            [0, 1) that depend on the random state, the example and the sample, not on the batch.
         """
         raise self._refusal("'mc'", "sample")
 
@@ -99,7 +99,7 @@ class Loss:
         )
 
 
-Uniforms = Callable[[int], Tensor]
+Uniforms = Callable[[Sequence[int]], Tensor]
 
 
 class CallableLoss(Loss):
@@ -142,7 +142,7 @@ class CrossEntropy(Loss):
         """Draw a class for every target that counts, by inversion of the softmax's sums."""
         logits, targets = self._aligned(outputs, targets)
         probabilities = logits.movedim(1, -1).double().softmax(-1)
-        u = uniforms(targets[0].numel()).view(targets.shape).to(probabilities.device)
+        u = uniforms(targets.shape).to(probabilities.device)
         sums = probabilities.cumsum(-1)
         drawn = (u[..., None] * sums[..., -1:] >= sums).sum(-1).clamp_(max=sums.shape[-1] - 1)
         return torch.where(targets == self.ignore_index, targets, drawn)
@@ -202,9 +202,7 @@ class _Elementwise(Loss):
         """Return outputs and floating targets of one shape, ``(B, ...)`` with at least 2 dims."""
         outputs = _floating_output(outputs, self.name)
         if not isinstance(targets, Tensor):
-            raise IFVPUsageError(
-                f"{self.name} needs tensor targets; got {type(targets).__name__}."
-            )
+            raise IFVPUsageError(f"{self.name} needs tensor targets; got {type(targets).__name__}.")
         if outputs.shape != targets.shape:
             if outputs.squeeze(-1).shape != targets.squeeze(-1).shape:
                 raise IFVPUsageError(
@@ -249,7 +247,7 @@ class BinaryCrossEntropy(_Elementwise):
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
         """Draw 0 or 1 for every output."""
         outputs, targets = self._aligned(outputs, targets)
-        u = uniforms(outputs[0].numel()).view(outputs.shape).to(outputs.device)
+        u = uniforms(outputs.shape).to(outputs.device)
         return (u < outputs.double().sigmoid()).to(outputs.dtype)
 
     def mode(self, outputs: Any, targets: Any) -> Tensor:
@@ -298,7 +296,9 @@ def resolve_loss(loss: Any) -> Loss:
 def _sequence(batch: Any) -> Sequence[Any]:
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         return batch
-    found = f"{type(batch).__name__}" + (f" of length {len(batch)}" if hasattr(batch, "__len__") else "")
+    found = f"{type(batch).__name__}" + (
+        f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
+    )
     raise IFVPUsageError(
         f"a batch must be a tuple or list (*inputs, targets), or a mapping with 'labels'; got "
         f"{found}. Pass a callable loss(model, batch) for other batches."
@@ -320,7 +320,7 @@ def _floating_output(outputs: Any, name: str) -> Tensor:
 
 
 def _gaussian(uniforms: Uniforms, like: Tensor) -> Tensor:
-    u = uniforms(like[0].numel()).view(like.shape).to(like.device)
+    u = uniforms(like.shape).to(like.device)
     # The open interval keeps the quantile finite.
     noise = math.sqrt(2) * torch.erfinv(2 * u.clamp(2**-53, 1 - 2**-53) - 1)
     return noise.to(like.dtype)

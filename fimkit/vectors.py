@@ -27,9 +27,7 @@ class ParameterSpace:
         Numbers in all parameters of the model, for the error that a full-width vector gets.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], full_size: int | None = None
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], full_size: int | None = None) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.full_size = full_size
         self.slices: dict[str, slice] = {}

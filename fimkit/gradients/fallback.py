@@ -42,7 +42,9 @@ class FallbackGradients:
         """How gradients are obtained."""
         return "torch.func" if self.vectorized else "one backward pass per example"
 
-    def rows(self, names: Sequence[str], batch: Any, labels: list[Any], n: int) -> dict[str, Tensor]:
+    def rows(
+        self, names: Sequence[str], batch: Any, labels: list[Any], n: int
+    ) -> dict[str, Tensor]:
         """Return the rows of each named parameter, shape ``(n, c, *shape)``."""
         prefix = "model."
         parameters = dict(self._program.named_parameters(remove_duplicate=False))

@@ -181,16 +181,16 @@ def _dense(
     return torch.cat([rows.flatten(2) for rows in columns], 2)
 
 
-def _zero_rows(
-    group: Group, space: ParameterSpace, shape: tuple[int, int], like: Tensor
-) -> Rows:
+def _zero_rows(group: Group, space: ParameterSpace, shape: tuple[int, int], like: Tensor) -> Rows:
     """Return rows of a group that no call met, factored where that is smaller."""
     n, c = shape
     weight = space.shapes[group.weight]
     if len(weight) == 2:
         layout = MatrixLayout(1, weight[0], weight[1], group.bias is not None)
         return FactoredRows(
-            like.new_zeros((n, 1, 1, layout.columns)), like.new_zeros((n, c, 1, 1, layout.out)), layout
+            like.new_zeros((n, 1, 1, layout.columns)),
+            like.new_zeros((n, c, 1, 1, layout.out)),
+            layout,
         ).compact()
     size = sum(space.slices[name].stop - space.slices[name].start for name in group.names)
     return DenseRows(like.new_zeros((n, c, size)))

@@ -70,6 +70,7 @@ class DampedCholesky:
         if damping > eps * float(self.matrix.diagonal().sum()):  # the trace bounds λ_max
             return False
         eigenvalues = torch.linalg.eigvalsh(self.matrix)
-        return bool(eigenvalues[0] + damping < eps * eigenvalues[-1]) or float(
-            eigenvalues[-1]
-        ) + damping <= 0
+        return (
+            bool(eigenvalues[0] + damping < eps * eigenvalues[-1])
+            or float(eigenvalues[-1]) + damping <= 0
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,19 @@ class Columns:
         """Write ``(k, size)`` values into these columns of ``(k, p)`` vectors."""
         for place, piece in self.pieces(values):
             vectors[:, place] = piece
+
+    def locate(self, inner: Columns) -> Columns | None:
+        """Return where the columns of ``inner`` are among these, or None if any is not."""
+        found = []
+        for part in inner.parts:
+            offset = 0
+            for outer in self.parts:
+                if outer.start <= part.start and part.stop <= outer.stop:
+                    start = offset + part.start - outer.start
+                    found.append(slice(start, start + part.stop - part.start))
+                    break
+                offset += outer.stop - outer.start
+        return Columns(tuple(found)) if len(found) == len(inner.parts) else None
 
     def pieces(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield each parameter's place in the flat vector with its part of ``(k, size)`` values."""
@@ -117,6 +130,10 @@ class RowMatrix:
                 for part, values in columns.pieces(rows.combine(coefficients[some])):
                     yield some, part, values
 
+    def is_finite(self) -> Tensor:
+        """Whether every stored number is finite, as a tensor, so that nothing waits for it."""
+        return torch.stack([rows.is_finite() for _, rows in self.groups]).all()
+
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """Squared Euclidean norm of every row, shape ``(n * c,)``."""
         norms = [rows.squared_norms(dtype) for _, rows in self.groups]
@@ -139,6 +156,15 @@ class RowMatrix:
             columns.put(out, values)
         assert out is not None
         return out
+
+    def block(self, columns: Columns) -> RowMatrix:
+        """Return the rows of the groups that lie in ``columns``, numbered within them."""
+        groups = []
+        for own, rows in self.groups:
+            places = columns.locate(own)
+            if places is not None:
+                groups.append((places, rows))
+        return RowMatrix(groups, columns.size, self.weights)
 
     @classmethod
     def cat(cls, parts: Sequence[RowMatrix]) -> RowMatrix:

@@ -50,6 +50,10 @@ class Rows(ABC):
     def to(self, dtype: torch.dtype) -> Rows:
         """Return the same rows stored in ``dtype``."""
 
+    @abstractmethod
+    def is_finite(self) -> Tensor:
+        """Whether every stored number is finite, as a tensor of no dimension."""
+
     def densify(self) -> DenseRows:
         """Return the same rows stored as they are, in the dtype they are kept in."""
         parts = self._dense_chunks(self.dtype.itemsize)
@@ -137,6 +141,10 @@ class DenseRows(Rows):
         """Return the same rows stored in ``dtype``."""
         return DenseRows(self.rows.to(dtype))
 
+    def is_finite(self) -> Tensor:
+        """Whether every stored number is finite, as a tensor of no dimension."""
+        return self.rows.isfinite().all()
+
     def densify(self) -> DenseRows:
         """Return these rows."""
         return self
@@ -173,6 +181,10 @@ class FactoredRows(Rows):
     def to(self, dtype: torch.dtype) -> FactoredRows:
         """Return the same rows stored in ``dtype``."""
         return FactoredRows(self.inputs.to(dtype), self.signals.to(dtype), self.layout)
+
+    def is_finite(self) -> Tensor:
+        """Whether every stored number is finite, as a tensor of no dimension."""
+        return self.inputs.isfinite().all() & self.signals.isfinite().all()
 
     def abs(self) -> FactoredRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""

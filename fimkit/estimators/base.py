@@ -1,0 +1,428 @@
+"""What all methods share: parameters, the fit's frame, vectors in and out, scores."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_random_state, metadata_routing
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fimkit.data import ModelData, check_batches, indexed_batches
+from fimkit.estimators.blocks import select_parameters
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.gradients import FisherKind, GradientEngine, Objective, evaluating, unwrap
+from fimkit.gradients.sampling import ExampleUniforms
+from fimkit.gradients.tree import to_device
+from fimkit.losses import LOSSES, resolve_loss
+from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
+from fimkit.operators.memory import chunks
+from fimkit.vectors import ParameterSpace
+
+__all__ = ["FisherEstimator", "Run", "compose"]
+
+# "auto" regularization is this fraction of the mean of the Fisher's diagonal.
+_AUTO = 0.1
+
+# Bytes of per-example gradients that a ModelData may become as one array.
+_DENSE_LIMIT = 4 * 2**30
+
+
+class FisherEstimator(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
+
+    __metadata_request__fit = {"dataloader": metadata_routing.UNUSED}  # noqa: RUF012
+
+    _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
+        "regularization": [
+            StrOptions({"auto"}),
+            Interval(Real, 0, None, closed="left"),
+            "array-like",
+            Mapping,
+        ],
+        "loss": [StrOptions(set(LOSSES)), callable],
+        "fisher": [StrOptions({"empirical", "mc", "exact", "predicted"})],
+        "n_mc_samples": [Interval(Integral, 1, None, closed="left")],
+        "parameters": [str, "array-like", None],
+        "device": [str, torch.device, None],
+        "dtype": [torch.dtype, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def fit(self, model: Any, dataloader: Any = None) -> Any:
+        """Build the Fisher information matrix of a model on data.
+
+        Parameters
+        ----------
+        model : torch.nn.Module or ModelData
+            The trained model, which is run in evaluation mode and left as it was; or a
+            `ModelData`, which brings its own data.
+        dataloader : iterable of batches, optional
+            A ``DataLoader`` or any iterable of batches, each a tuple or list
+            ``(*inputs, targets)``, a mapping with ``labels``, or what a callable ``loss`` takes.
+            Ignored when ``model`` is a `ModelData`, so that scikit-learn may pass labels.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator. It does not keep the model.
+
+        Raises
+        ------
+        IFVPUsageError
+            If the model, the data or the parameters do not fit together; the message names the
+            parameter, layer or batch and the remedy. The estimator is then as it was before.
+        """
+        self._validate_params()
+        run = Run(self, model, dataloader)
+        with evaluating(run.model):
+            fitted = self._fit(run)
+        vars(self).update(
+            fitted,
+            n_features_in_=run.space.size,
+            n_samples_seen_=run.n,
+            parameter_names_=list(run.space.shapes),
+            parameter_shapes_=dict(run.space.shapes),
+            device_=run.device,
+            dtype_=run.dtype,
+            _space=run.space,
+            _run_settings=(run.objective, run.seed),
+        )
+        return self
+
+    @abstractmethod
+    def _fit(self, run: Run) -> dict[str, Any]:
+        """Return the fitted attributes: ``fisher_``, ``coverage_``, ``_blocks``."""
+
+    def transform(self, vectors: Any) -> Any:
+        """Multiply vectors by the damped inverse Fisher: ``(F + λ I)⁻¹ v``.
+
+        Parameters
+        ----------
+        vectors : ndarray or Tensor of shape (p,) or (k, p), dict, sequence, or ModelData
+            The selected parameters in ``named_parameters()`` order, a tied one once; a dict of
+            parameter name to ``(*shape)`` or ``(k, *shape)``; a sequence with one such tensor
+            per parameter; or a `ModelData`, for the gradients of its examples at their targets.
+
+        Returns
+        -------
+        ifvp : as ``vectors``
+            In the same container, shape, dtype and device; an ndarray ``(n, p)`` for a
+            `ModelData`. Detached from any graph.
+
+        Raises
+        ------
+        IFVPUsageError
+            If the vectors do not fit the fitted parameters, or are not finite.
+        SingularFisherError
+            If ``F + λ I`` is singular to working precision.
+        """
+        check_is_fitted(self)
+        damping = self._damping()
+        return self._map(vectors, lambda flat: self.fisher_.solve(flat, damping))
+
+    def fit_transform(self, data: Any, y: Any = None) -> Any:
+        """Fit to a `ModelData` and return the IFVPs of its own gradients.
+
+        Parameters
+        ----------
+        data : ModelData
+        y : ignored
+
+        Returns
+        -------
+        ifvp : ndarray of shape (n, p)
+        """
+        return self.fit(data, y).transform(data)
+
+    def mahalanobis(self, vectors: Any) -> npt.NDArray[np.float64]:
+        """Squared Mahalanobis norms ``vᵀ (F + λ I)⁻¹ v``.
+
+        Parameters
+        ----------
+        vectors : as for `transform`
+            Of a `ModelData`, the gradients of its examples at their targets.
+
+        Returns
+        -------
+        norms : ndarray of shape (k,)
+            In float64, as `sklearn.covariance.EmpiricalCovariance.mahalanobis`.
+        """
+        check_is_fitted(self)
+        damping = self._damping()
+        if isinstance(vectors, ModelData):
+            batches = self._dense_batches(vectors)
+            return np.concatenate(
+                [_numpy64(self.fisher_.inverse_quadratic(flat, damping)) for flat in batches]
+            )
+        flat, _ = self._flatten(vectors)
+        return _numpy64(self.fisher_.inverse_quadratic(flat, damping))
+
+    @property
+    def regularization_(self) -> Any:
+        """Regularization in force: a float, or one per block by name.
+
+        Follows ``regularization``, which may be set after the fit.
+        """
+        check_is_fitted(self)
+        damping = self._damping()
+        if isinstance(damping, float):
+            return damping
+        return dict(zip(self._blocks, damping, strict=True))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "fisher_")
+
+    # -- regularization ------------------------------------------------------------------------
+
+    def _damping(self) -> float | list[float]:
+        """Return λ as one number, or one per block where they differ."""
+        value = self.regularization
+        if isinstance(value, str):
+            if value != "auto":
+                raise IFVPUsageError(f"regularization={value!r}; expected 'auto' or numbers.")
+            return self._automatic_damping()
+        blocks = list(self._blocks)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return _checked(value, "regularization")
+        if isinstance(value, Mapping):
+            if set(value) != set(blocks):
+                raise IFVPUsageError(
+                    f"regularization has keys {list(value)}; expected one per block: {blocks}."
+                )
+            values = [value[block] for block in blocks]
+        elif isinstance(value, Tensor | np.ndarray | Sequence):
+            values = list(value)
+            if len(values) != len(blocks):
+                raise IFVPUsageError(
+                    f"regularization has {len(values)} values; expected one number, or one per "
+                    f"block: {len(blocks)} ({', '.join(blocks)})."
+                )
+        else:
+            raise IFVPUsageError(
+                f"regularization={value!r}; expected 'auto', a number, or one number per block."
+            )
+        checked = [
+            _checked(item, f"regularization of block {block!r}")
+            for block, item in zip(blocks, values, strict=True)
+        ]
+        return checked[0] if len(checked) == 1 else checked
+
+    def _automatic_damping(self) -> float | list[float]:
+        traces, sizes = self._traces, [columns.size for columns in self._blocks.values()]
+        whole = _AUTO * sum(traces) / sum(sizes)
+        if not whole > 0:
+            raise SingularFisherError(
+                "regularization='auto' is a fraction of the Fisher's trace, which is zero: every "
+                "gradient is zero. Give a number, or check that the loss depends on the parameters."
+            )
+        values = [_AUTO * t / p if t > 0 else whole for t, p in zip(traces, sizes, strict=True)]
+        return values[0] if len(values) == 1 else values
+
+    # -- vectors -------------------------------------------------------------------------------
+
+    def _flatten(self, vectors: Any) -> tuple[Tensor, Any]:
+        """Return vectors as a ``(k, p)`` tensor on the fit's device, and the way back."""
+        flat, restore = self._space.flatten(vectors)
+        if flat.numel() and not torch.stack(torch.aminmax(flat)).isfinite().all():
+            raise IFVPUsageError("vectors contain NaN or infinity; remove those vectors first.")
+        return flat.to(self.device_), restore
+
+    def _map(self, vectors: Any, function: Any) -> Any:
+        if not isinstance(vectors, ModelData):
+            flat, restore = self._flatten(vectors)
+            return restore(function(flat))
+        size = len(vectors) * self.n_features_in_ * self.dtype_.itemsize
+        if size > _DENSE_LIMIT:
+            raise IFVPUsageError(
+                f"the gradients of {len(vectors)} examples over {self.n_features_in_} parameters "
+                f"take {size / 2**30:.1f} GiB as one array, above the limit of "
+                f"{_DENSE_LIMIT // 2**30} GiB; transform slices of the ModelData in turn, or use "
+                "fimkit.influence, which never forms them."
+            )
+        return np.concatenate(
+            [function(flat).cpu().numpy() for flat in self._dense_batches(vectors)]
+        )
+
+    def _dense_batches(self, data: ModelData) -> Iterator[Tensor]:
+        """Yield the gradients of a ModelData's examples at their targets, ``(k, p)`` at a time."""
+        dtype = torch.promote_types(self.dtype_, torch.float32)
+        for rows in self._iterate_rows(data, "empirical"):
+            for part in chunks(rows.n, rows.size * dtype.itemsize):
+                yield rows.dense(part, dtype)
+
+    def _iterate_rows(
+        self, data: ModelData, fisher: FisherKind | None = None
+    ) -> Iterator[RowMatrix]:
+        """Yield the rows of a ModelData batch by batch, of the fitted kind unless told."""
+        objective, seed = self._run_settings
+        if fisher is not None:
+            objective = Objective(objective.loss, fisher)
+        run = Run(self, data, None, objective=objective, seed=seed, space=self._space)
+        with evaluating(run.model):
+            yield from run.rows()
+
+
+class Run:
+    """One pass's model, data and settings, checked against each other.
+
+    Attributes
+    ----------
+    n : int
+        Examples seen so far.
+    """
+
+    def __init__(
+        self,
+        estimator: FisherEstimator,
+        model: Any,
+        dataloader: Any,
+        *,
+        objective: Objective | None = None,
+        seed: int | None = None,
+        space: ParameterSpace | None = None,
+    ) -> None:
+        if isinstance(model, ModelData):
+            model, data = model.model, model
+        else:
+            _check_model(model, dataloader)
+            data = check_batches(dataloader)
+        self.data = data
+        self.model = unwrap(model)
+        _refuse_batch_statistics(self.model)
+        self.space = select_parameters(self.model, estimator.parameters)
+        if space is not None and space.shapes != self.space.shapes:
+            raise IFVPUsageError(
+                "the ModelData's model has other trainable parameters than the one fitted: "
+                f"{_difference(space.shapes, self.space.shapes)}."
+            )
+        self.objective = objective or Objective(
+            resolve_loss(estimator.loss), estimator.fisher, estimator.n_mc_samples
+        )
+        self.seed = _seed(estimator.random_state) if seed is None else seed
+        self.verbose = int(estimator.verbose)
+        parameters = dict(self.model.named_parameters())
+        first = parameters[next(iter(self.space.shapes))]
+        self.model_device = next(iter(parameters.values())).device
+        self.device = first.device if estimator.device is None else torch.device(estimator.device)
+        self.dtype = estimator.dtype or torch.promote_types(first.dtype, torch.float32)
+        self.blocks: dict[str, int] | None = None
+        self.n = 0
+        self.coverage: dict[str, str] = {}
+
+    def rows(self) -> Iterator[RowMatrix]:
+        """Yield the rows of every batch.
+
+        Raises
+        ------
+        IFVPUsageError
+            If there is no batch, or a batch gives numbers that are not finite.
+        """
+        engine = GradientEngine(
+            self.model, self.objective, self.space, self.dtype, self.device, self.blocks
+        )
+        self.coverage = engine.coverage
+        sampled = self.objective.fisher == "mc"
+        batches = indexed_batches(self.data, indexed=sampled)
+        total = len(self.data.batches()) if isinstance(self.data, ModelData) else None
+        finite: list[Tensor] = []
+        progress = tqdm(batches, "batches", total, disable=not self.verbose, leave=False)
+        for i, (indices, batch) in enumerate(progress):
+            uniforms = ExampleUniforms(self.seed, self.n if indices is None else indices)
+            try:
+                rows = engine.rows(to_device(batch, self.model_device), uniforms)
+            except IFVPUsageError as error:
+                raise type(error)(f"batch {i}: {error}") from error
+            if not rows.n:
+                raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
+            self.n += rows.n
+            finite.append(rows.is_finite())
+            if finite[-1].device.type == "cpu":
+                _refuse_infinite(finite)  # elsewhere waiting for the answer would cost time
+            yield rows
+        if not finite:
+            raise IFVPUsageError(
+                "the data has no batches; give at least one example (an iterator that was "
+                "iterated over before is empty: give a list or a DataLoader)."
+            )
+        _refuse_infinite(finite)
+
+
+def _refuse_infinite(finite: list[Tensor]) -> None:
+    bad = [i for i, value in enumerate(torch.stack(finite).tolist()) if not value]
+    if bad:
+        raise IFVPUsageError(
+            f"batch {bad[0]} gives NaN or infinite losses or gradients"
+            + (f" (and {len(bad) - 1} more batches)" if len(bad) > 1 else "")
+            + "; look for NaN inputs, log(0) in the loss, or a diverged model."
+        )
+
+
+def _check_model(model: Any, dataloader: Any) -> None:
+    if not isinstance(model, nn.Module):
+        swapped = " (the arguments look swapped)" if isinstance(dataloader, nn.Module) else ""
+        raise IFVPUsageError(
+            f"model must be a torch.nn.Module or a ModelData; got {type(model).__name__}{swapped}. "
+            "Call fit(model, dataloader) or fit(ModelData(model, dataset))."
+        )
+    if dataloader is None:
+        raise IFVPUsageError(
+            "fit(model) has no data; call fit(model, dataloader) or fit(ModelData(model, dataset))."
+        )
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and getattr(module, "running_mean", None) is None:
+            raise IFVPUsageError(
+                f"layer {name!r} ({type(module).__name__}) has no running statistics, so the loss "
+                "of an example depends on the others in its batch; train it with "
+                "track_running_stats=True, or replace it by GroupNorm."
+            )
+
+
+def _seed(random_state: Any) -> int:
+    """Return a seed by scikit-learn's rules; None draws fresh entropy, no global state."""
+    if random_state is None:
+        return secrets.randbits(63)
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _checked(value: Any, what: str) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
+    return number
+
+
+def _difference(fitted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    for name in {**fitted, **given}:
+        if fitted.get(name) != given.get(name):
+            return f"{name!r} was {fitted.get(name, 'absent')}, now {given.get(name, 'absent')}"
+    return "their order differs"
+
+
+def _numpy64(values: Tensor) -> npt.NDArray[np.float64]:
+    return values.cpu().double().numpy()
+
+
+def compose(blocks: Mapping[str, tuple[Columns, Operator]]) -> Operator:
+    """Return one operator for all blocks: the only one itself, or their block diagonal."""
+    if len(blocks) == 1:
+        return next(iter(blocks.values()))[1]
+    return BlockDiagonalOperator(dict(blocks))

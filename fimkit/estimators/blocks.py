@@ -1,0 +1,121 @@
+"""Which parameters take part in a fit, and how they divide into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from fimkit.exceptions import IFVPUsageError
+from fimkit.operators import Columns
+from fimkit.vectors import ParameterSpace
+
+__all__ = ["block_columns", "block_names", "select_parameters"]
+
+
+def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> ParameterSpace:
+    """Return the parameters of a fit, in ``named_parameters()`` order.
+
+    Parameters
+    ----------
+    model : Module
+    patterns : str, sequence of str, or None
+        Names or glob patterns; all that require grad when None.
+
+    Raises
+    ------
+    IFVPUsageError
+        If a pattern matches no trainable parameter, or there is none.
+    """
+    named = dict(model.named_parameters())
+    trainable = [name for name, parameter in named.items() if parameter.requires_grad]
+    if not trainable:
+        raise IFVPUsageError(
+            f"the model has no trainable parameters ({len(named)} in all, none with "
+            "requires_grad); call requires_grad_() on those to include."
+        )
+    if patterns is not None:
+        wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+        for pattern in wanted:
+            if any(fnmatchcase(name, pattern) for name in trainable):
+                continue
+            frozen = [name for name in named if fnmatchcase(name, pattern)]
+            why = (
+                f"matches only frozen parameters ({frozen[0]!r}, …); call requires_grad_() on them"
+                if frozen
+                else f"matches none of {', '.join(map(repr, trainable[:8]))}"
+                + (f", … ({len(trainable)} in all)" if len(trainable) > 8 else "")
+            )
+            raise IFVPUsageError(f"parameters: {pattern!r} {why}.")
+        trainable = [name for name in trainable if any(fnmatchcase(name, p) for p in wanted)]
+        if not trainable:
+            raise IFVPUsageError("parameters is empty; give at least one name or pattern, or None.")
+    shapes = {name: tuple(named[name].shape) for name in trainable}
+    return ParameterSpace(shapes, sum(parameter.numel() for parameter in named.values()))
+
+
+def block_names(
+    space: ParameterSpace, blocks: str | Mapping[str, str | Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Divide parameters into named blocks.
+
+    Parameters
+    ----------
+    space : ParameterSpace
+    blocks : {"all", "layer", "parameter"} or mapping
+        One block; one per module that owns parameters; one per parameter; or block names with
+        the parameter names or glob patterns in each.
+
+    Raises
+    ------
+    IFVPUsageError
+        If a mapping's pattern matches nothing, or a parameter is in no block or in two.
+    """
+    if isinstance(blocks, Mapping):
+        return _mapped_blocks(space, blocks)
+    divided: dict[str, list[str]] = {}
+    for name in space.shapes:
+        owner = {"all": "all", "layer": name.rpartition(".")[0] or "model", "parameter": name}
+        divided.setdefault(owner[blocks], []).append(name)
+    return {block: tuple(names) for block, names in divided.items()}
+
+
+def block_columns(space: ParameterSpace, names: Sequence[str]) -> Columns:
+    """Return where a block's parameters lie in the flat vector, neighbours joined."""
+    parts: list[slice] = []
+    for name in names:
+        place = space.slices[name]
+        if parts and parts[-1].stop == place.start:
+            parts[-1] = slice(parts[-1].start, place.stop)
+        else:
+            parts.append(place)
+    return Columns(tuple(parts))
+
+
+def _mapped_blocks(
+    space: ParameterSpace, blocks: Mapping[str, str | Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    owner: dict[str, Any] = {}
+    for block, patterns in blocks.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matched = [name for name in space.shapes if fnmatchcase(name, pattern)]
+            if not matched:
+                raise IFVPUsageError(
+                    f"blocks[{block!r}]: {pattern!r} matches none of the fitted parameters "
+                    f"{', '.join(map(repr, space.shapes))}."
+                )
+            for name in matched:
+                if owner.setdefault(name, block) != block:
+                    raise IFVPUsageError(
+                        f"blocks: {name!r} is in both {owner[name]!r} and {block!r}; a parameter "
+                        "belongs to one block."
+                    )
+    missing = [name for name in space.shapes if name not in owner]
+    if missing:
+        raise IFVPUsageError(
+            f"blocks: {', '.join(map(repr, missing))} belong to no block; name every fitted "
+            "parameter, or leave them out of the fit with parameters=."
+        )
+    return {block: tuple(name for name in space.shapes if owner[name] == block) for block in blocks}
