@@ -98,7 +98,7 @@ class ModelData:
 
     @property
     def targets(self) -> npt.NDArray[Any]:
-        """Targets of the examples, shape ``(n,)`` or ``(n, ...)``: each one's last element or labels.
+        """Targets of the examples, ``(n,)`` or ``(n, ...)``: each one's last element or labels.
 
         Reads every example once.
         """

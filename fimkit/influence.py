@@ -1,8 +1,8 @@
-"""Influence of training examples on a model's predictions.
+r"""Influence of training examples on a model's predictions.
 
 The score of training example i on query j is
 
-.. math:: s_{ji} = \\nabla l_j^\\top (F + \\lambda I)^{-1} \\nabla l_i ,
+.. math:: s_{ji} = \nabla l_j^\top (F + \lambda I)^{-1} \nabla l_i ,
 
 minus n times the first-order change of the query's loss when the training example is given more
 weight. **Positive: the training example lowers the query's loss** (it is helpful); negative: it
@@ -122,5 +122,5 @@ def _score_blocks(
                 f"{name} must be a ModelData(model, dataset); got {type(data).__name__}."
             )
     ifvps: Any = torch.from_numpy(estimator.transform(queries)).to(estimator.device_)
-    for rows in estimator.training_rows(train):
+    for rows in estimator.gradients(train):
         yield rows.project(ifvps, torch.float64).cpu().numpy()

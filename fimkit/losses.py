@@ -226,13 +226,13 @@ class SquaredError(_Elementwise):
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
         """Draw from a unit Gaussian around the outputs."""
-        outputs, targets = self._aligned(outputs, targets)
-        return outputs + _gaussian(uniforms, outputs)
+        mean, _ = self._aligned(outputs, targets)
+        return mean + _gaussian(uniforms, mean)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return the outputs themselves, weighted 1."""
-        outputs, _ = self._aligned(outputs, targets)
-        rows = outputs.flatten(1)
+        mean, _ = self._aligned(outputs, targets)
+        rows = mean.flatten(1)
         return rows, torch.ones_like(rows)
 
 
@@ -246,20 +246,20 @@ class BinaryCrossEntropy(_Elementwise):
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
         """Draw 0 or 1 for every output."""
-        outputs, targets = self._aligned(outputs, targets)
-        u = uniforms(outputs.shape).to(outputs.device)
-        return (u < outputs.double().sigmoid()).to(outputs.dtype)
+        logits, _ = self._aligned(outputs, targets)
+        u = uniforms(logits.shape).to(logits.device)
+        return (u < logits.double().sigmoid()).to(logits.dtype)
 
     def mode(self, outputs: Any, targets: Any) -> Tensor:
         """Return 1 where an output's probability exceeds one half."""
-        outputs, targets = self._aligned(outputs, targets)
-        return (outputs > 0).to(outputs.dtype)
+        logits, _ = self._aligned(outputs, targets)
+        return (logits > 0).to(logits.dtype)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return the logits, weighted p (1 - p)."""
-        outputs, _ = self._aligned(outputs, targets)
-        p = outputs.detach().sigmoid().flatten(1)
-        return outputs.flatten(1), p * (1 - p)
+        logits, _ = self._aligned(outputs, targets)
+        p = logits.detach().sigmoid().flatten(1)
+        return logits.flatten(1), p * (1 - p)
 
 
 LOSSES: dict[str, type[Loss]] = {
@@ -296,9 +296,9 @@ def resolve_loss(loss: Any) -> Loss:
 def _sequence(batch: Any) -> Sequence[Any]:
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         return batch
-    found = f"{type(batch).__name__}" + (
-        f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
-    )
+    found = type(batch).__name__
+    if isinstance(batch, tuple | list):
+        found += f" of length {len(batch)}"
     raise IFVPUsageError(
         f"a batch must be a tuple or list (*inputs, targets), or a mapping with 'labels'; got "
         f"{found}. Pass a callable loss(model, batch) for other batches."

@@ -39,7 +39,7 @@ _AUTO = 0.1
 _DENSE_LIMIT = 4 * 2**30
 
 
-class FisherEstimator(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class FisherEstimator(TransformerMixin, BaseEstimator):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
     __metadata_request__fit = {"dataloader": metadata_routing.UNUSED}  # noqa: RUF012
@@ -89,22 +89,23 @@ class FisherEstimator(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         run = Run(self, model, dataloader)
         with evaluating(run.model):
             fitted = self._fit(run)
-        vars(self).update(
-            fitted,
+        fitted.update(
             n_features_in_=run.space.size,
             n_samples_seen_=run.n,
             parameter_names_=list(run.space.shapes),
             parameter_shapes_=dict(run.space.shapes),
             device_=run.device,
             dtype_=run.dtype,
+            coverage_=run.coverage,
             _space=run.space,
             _run_settings=(run.objective, run.seed),
         )
+        self.__dict__.update(fitted)
         return self
 
     @abstractmethod
     def _fit(self, run: Run) -> dict[str, Any]:
-        """Return the fitted attributes: ``fisher_``, ``coverage_``, ``_blocks``."""
+        """Return ``fisher_``, and each block's place (``_blocks``) and trace (``_traces``)."""
 
     def transform(self, vectors: Any) -> Any:
         """Multiply vectors by the damped inverse Fisher: ``(F + λ I)⁻¹ v``.
@@ -259,14 +260,28 @@ class FisherEstimator(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _dense_batches(self, data: ModelData) -> Iterator[Tensor]:
         """Yield the gradients of a ModelData's examples at their targets, ``(k, p)`` at a time."""
         dtype = torch.promote_types(self.dtype_, torch.float32)
-        for rows in self._iterate_rows(data, "empirical"):
+        for rows in self.gradients(data):
             for part in chunks(rows.n, rows.size * dtype.itemsize):
                 yield rows.dense(part, dtype)
 
-    def _iterate_rows(
-        self, data: ModelData, fisher: FisherKind | None = None
+    def gradients(
+        self, data: ModelData, fisher: FisherKind | None = "empirical"
     ) -> Iterator[RowMatrix]:
-        """Yield the rows of a ModelData batch by batch, of the fitted kind unless told."""
+        """Yield the per-example gradients of data batch by batch, as rows kept in factors.
+
+        Parameters
+        ----------
+        data : ModelData
+            Examples, with a model of the fitted parameters.
+        fisher : str or None, default="empirical"
+            Kind of rows; the fitted kind when None.
+
+        Yields
+        ------
+        rows : RowMatrix
+            What `fimkit.influence` is built on.
+        """
+        check_is_fitted(self)
         objective, seed = self._run_settings
         if fisher is not None:
             objective = Objective(objective.loss, fisher)

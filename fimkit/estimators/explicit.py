@@ -9,7 +9,7 @@ from sklearn.utils._param_validation import StrOptions
 
 from fimkit.estimators.base import FisherEstimator, Run, compose
 from fimkit.estimators.blocks import block_columns, block_names
-from fimkit.statistics import FisherAccumulator
+from fimkit.statistics import FisherAccumulator, Solver
 
 __all__ = ["Explicit"]
 
@@ -118,7 +118,7 @@ class Explicit(FisherEstimator):
         dtype: Any = None,
         random_state: Any = None,
         verbose: int = 0,
-        solver: str = "auto",
+        solver: Solver = "auto",
         blocks: Any = "all",
     ) -> None:
         self.regularization = regularization
@@ -150,7 +150,6 @@ class Explicit(FisherEstimator):
         }
         return {
             "fisher_": compose(operators),
-            "coverage_": run.coverage,
             "_blocks": columns,
             "_traces": [operator.trace() for _, operator in operators.values()],
         }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from fimkit.gradients.rules import RULES, ParameterIndex, Use
+from fimkit.gradients.rules import ENTERED, RULES, ParameterIndex, Use
 
 __all__ = ["Capture"]
 
@@ -47,6 +47,9 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in ENTERED:
+            with self:
+                return ENTERED[func](*args, **kwargs)
         rule = RULES.get(func)
         use = None if rule is None else rule.match(self._index, *args, **kwargs)
         output = func(*args, **kwargs)

@@ -66,19 +66,20 @@ class FallbackGradients:
         leaves = tensors((batch, labels))
         dims = [self._dim(leaf, n) for leaf in leaves]
 
-        def scalars(parameters: dict[str, Tensor], *values: Tensor) -> Tensor:
+        def of_example(parameters: dict[str, Tensor], *values: Tensor) -> Tensor:
             restored = iter(
                 value if dim is None else value.unsqueeze(dim)
                 for value, dim in zip(values, dims, strict=True)
             )
             example = map_tensors(lambda _: next(restored), (batch, labels))
-            return functional_call(self._program, parameters, example)[0]
+            scalars: Tensor = functional_call(self._program, parameters, example)
+            return scalars[0]
 
         size = sum(p.numel() * p.element_size() for p in selected.values())
         if all(dim is None for dim in dims):
             raise ValueError("no tensor of the batch has the examples along it")
         gradients = vmap(
-            jacrev(scalars),
+            jacrev(of_example),
             in_dims=(None, *dims),
             chunk_size=max(1, _VMAP_BUDGET // max(1, 4 * size)),
         )(selected, *leaves)
@@ -105,8 +106,9 @@ class FallbackGradients:
                 torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True)
                 for scalar in scalars[0]
             ]
-            for out, parameter, values in zip(rows, parameters, zip(*gradients), strict=True):
+            for j, (out, parameter) in enumerate(zip(rows, parameters, strict=True)):
                 zero = torch.zeros_like(parameter)
+                values = [per_scalar[j] for per_scalar in gradients]
                 out.append(torch.stack([zero if g is None else g for g in values]))
         return [torch.stack(out) for out in rows]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fimkit.gradients.layout import BatchLayout
-from fimkit.gradients.rules import Examples, MatrixUse, Use
-from fimkit.operators import DenseRows, FactoredRows, MatrixLayout, Rows, join_rows
+from fimkit.gradients.rules import EmbeddingUse, Examples, MatrixUse, Use
+from fimkit.operators import DenseRows, FactoredRows, LookupRows, MatrixLayout, Rows, join_rows
 from fimkit.operators.memory import chunks
 from fimkit.vectors import ParameterSpace
 
@@ -102,6 +102,8 @@ def captured_rows(
     if not mine:
         return _zero_rows(group, space, shape, like)
     n, _ = shape
+    if all(isinstance(item.use, EmbeddingUse) for item in mine):
+        return _lookups(mine, n, like).compact()
     layout = _common_layout(group, mine)
     if layout is None:
         return DenseRows(_dense(group.names, mine, n, like))
@@ -112,6 +114,20 @@ def captured_rows(
         for part in chunks(n, per_example * like.element_size())
     ]
     return join_rows(parts)
+
+
+def _lookups(mine: Sequence[Located], n: int, like: Tensor) -> LookupRows:
+    """Join the positions of all lookups of a table."""
+    parts = []
+    for item in mine:
+        assert isinstance(item.use, EmbeddingUse)
+        whole = Examples(item.layout, n, slice(0, n))
+        parts.append(item.use.lookup_rows(item.signals, whole))
+    return LookupRows(
+        torch.cat([part.indices for part in parts], 1).to(like.device),
+        torch.cat([part.signals for part in parts], 2).to(like),
+        parts[0].vocabulary,
+    )
 
 
 def _common_layout(group: Group, mine: Sequence[Located]) -> MatrixLayout | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
-from fimkit.operators import FactoredRows, RowMatrix
+from fimkit.operators import RowMatrix
 
 __all__ = ["RandomSum", "refuse_reentrant_checkpoint"]
 
@@ -39,9 +39,10 @@ class RandomSum:
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64)
         self.coefficients = random.to(scalars)
+        inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
         gradients = torch.autograd.grad(
             (self.coefficients * scalars).sum(),
-            [*(use.edge for use in uses), *parameters.values()],
+            inputs,
             retain_graph=True,
             allow_unused=True,
         )
@@ -110,13 +111,12 @@ class RandomSum:
         magnitudes = weights.new_zeros(rows.size)
         for columns, group in rows.groups:
             columns.put(sums[None], group.combine(weights))
-            bound = group.abs() if isinstance(group, FactoredRows) else group
-            columns.put(magnitudes[None], bound.combine(weights.abs()))
+            columns.put(magnitudes[None], group.magnitudes().combine(weights.abs()))
         return sums, magnitudes
 
 
 def refuse_reentrant_checkpoint(scalars: Tensor, detached: Iterable[str]) -> None:
-    """Raise if part of the graph is a reentrant checkpoint, which gradients cannot be taken through.
+    """Raise if part of the graph is a reentrant checkpoint, which hides its layers.
 
     Parameters
     ----------

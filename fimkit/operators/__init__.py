@@ -5,8 +5,9 @@ from fimkit.operators.block_diagonal import BlockDiagonalOperator
 from fimkit.operators.dense import DenseOperator
 from fimkit.operators.gram import GramOperator
 from fimkit.operators.layout import MatrixLayout
-from fimkit.operators.row_matrix import Columns, RowMatrix, join_rows
-from fimkit.operators.rows import DenseRows, FactoredRows, Rows
+from fimkit.operators.lookup import LookupRows
+from fimkit.operators.row_matrix import Columns, RowMatrix
+from fimkit.operators.rows import DenseRows, FactoredRows, Rows, join_rows
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -15,6 +16,7 @@ __all__ = [
     "DenseRows",
     "FactoredRows",
     "GramOperator",
+    "LookupRows",
     "MatrixLayout",
     "Operator",
     "RowMatrix",

@@ -46,6 +46,7 @@ class DampedCholesky:
             return kept[1]
         damped = self.matrix.clone()
         damped.diagonal().add_(damping)
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) != 0:
             raise singular(damping, "it is not positive definite")
@@ -54,11 +55,13 @@ class DampedCholesky:
 
     def solve(self, columns: Tensor, damping: float) -> Tensor:
         """Return ``(matrix + damping I)⁻¹ columns`` for an ``(m, k)`` tensor."""
-        return torch.cholesky_solve(columns, self.factor(damping))
+        solution: Tensor = torch.cholesky_solve(columns, self.factor(damping))
+        return solution
 
     def whiten(self, columns: Tensor, damping: float) -> Tensor:
         """Return ``L⁻¹ columns``, whose squares sum to the inverse quadratic form."""
-        return torch.linalg.solve_triangular(self.factor(damping), columns, upper=False)
+        white: Tensor = torch.linalg.solve_triangular(self.factor(damping), columns, upper=False)
+        return white
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(matrix + damping I)``."""

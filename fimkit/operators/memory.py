@@ -9,7 +9,7 @@ import torch
 __all__ = ["BUDGET", "accumulation_dtype", "chunks"]
 
 #: Bytes that the temporaries of one chunk may take.
-BUDGET = 128 * 2**20
+BUDGET = 64 * 2**20
 
 
 def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[slice]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fimkit.operators.memory import chunks
-from fimkit.operators.rows import DenseRows, FactoredRows, Rows
+from fimkit.operators.rows import Rows, join_rows
 
-__all__ = ["Columns", "RowMatrix", "join_rows"]
+__all__ = ["Columns", "RowMatrix"]
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,11 @@ class RowMatrix:
         """
         out = vectors.new_zeros((vectors.shape[0], self.n, self.c), dtype=dtype)
         for columns, rows in self.groups:
-            for some in chunks(vectors.shape[0], columns.size * dtype.itemsize):
-                out[some] += rows.project(columns.take(vectors[some]).to(dtype))
+            out += rows.project(columns.take(vectors), dtype)
         return out.flatten(1)
 
     def combine(self, coefficients: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Sums of the rows weighted by ``(k, n * c)`` coefficients, piece by piece.
+        """Add up the rows weighted by ``(k, n * c)`` coefficients, piece by piece.
 
         Yields
         ------
@@ -180,13 +179,3 @@ class RowMatrix:
             for i, (columns, _) in enumerate(parts[0].groups)
         ]
         return cls(groups, parts[0].size, weights)
-
-
-def join_rows(parts: Sequence[Rows]) -> Rows:
-    """Join the examples of all parts: factored if all are, else dense."""
-    if len(parts) == 1:
-        return parts[0]
-    factored = [part for part in parts if isinstance(part, FactoredRows)]
-    if len(factored) == len(parts):
-        return FactoredRows.cat(factored)
-    return DenseRows.cat([part.densify() for part in parts])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,14 @@ from torch import Tensor
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.memory import chunks
 
-__all__ = ["DenseRows", "FactoredRows", "Rows"]
+__all__ = ["DenseRows", "FactoredRows", "Rows", "join_rows", "pad_to"]
 
 # Tiles of the Gram matrix are no wider than this, so that its symmetry halves the work.
 _TILE = 512
 
 
 class Rows(ABC):
-    """``n * c`` gradients of ``width`` numbers; every operation computes in its argument's dtype.
+    """``n * c`` gradients of ``width`` numbers, stored in one dtype and computed with in another.
 
     A subclass says how rows become dense; it overrides an operation where its own form is cheaper.
     """
@@ -47,12 +48,17 @@ class Rows(ABC):
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
 
     @abstractmethod
-    def to(self, dtype: torch.dtype) -> Rows:
-        """Return the same rows stored in ``dtype``."""
-
-    @abstractmethod
     def is_finite(self) -> Tensor:
         """Whether every stored number is finite, as a tensor of no dimension."""
+
+    @abstractmethod
+    def magnitudes(self) -> Rows:
+        """Return rows that bound the sizes of what was added up in each entry."""
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, parts: Sequence[Any]) -> Rows:
+        """Join the examples of all parts, with zeros where one has fewer rows or positions."""
 
     def densify(self) -> DenseRows:
         """Return the same rows stored as they are, in the dtype they are kept in."""
@@ -62,16 +68,18 @@ class Rows(ABC):
     def _dense_chunks(self, itemsize: int) -> list[slice]:
         return list(chunks(self.n, self.c * self.width * itemsize))
 
-    def project(self, vectors: Tensor) -> Tensor:
-        """Inner products of every row with ``(k, width)`` vectors, shape ``(k, n, c)``."""
-        out = vectors.new_empty((vectors.shape[0], self.n, self.c))
-        for part in self._dense_chunks(vectors.element_size()):
-            rows = self.dense(part, vectors.dtype)
-            out[:, part] = (vectors @ rows.flatten(0, 1).T).view(-1, *rows.shape[:2])
+    def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""
+        out = vectors.new_empty((vectors.shape[0], self.n, self.c), dtype=dtype)
+        for some in chunks(vectors.shape[0], self.width * dtype.itemsize):
+            wide = vectors[some].to(dtype)
+            for part in self._dense_chunks(dtype.itemsize):
+                rows = self.dense(part, dtype)
+                out[some, part] = (wide @ rows.flatten(0, 1).T).view(-1, *rows.shape[:2])
         return out
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Sums of the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
+        """Add up the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
         out = coefficients.new_zeros((coefficients.shape[0], self.width))
         for part in self._dense_chunks(coefficients.element_size()):
             rows = self.dense(part, coefficients.dtype)
@@ -137,13 +145,13 @@ class DenseRows(Rows):
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
         return self.rows[part].to(dtype)
 
-    def to(self, dtype: torch.dtype) -> DenseRows:
-        """Return the same rows stored in ``dtype``."""
-        return DenseRows(self.rows.to(dtype))
-
     def is_finite(self) -> Tensor:
         """Whether every stored number is finite, as a tensor of no dimension."""
         return self.rows.isfinite().all()
+
+    def magnitudes(self) -> DenseRows:
+        """Return rows that bound the sizes of what was added up in each entry."""
+        return DenseRows(self.rows.abs())
 
     def densify(self) -> DenseRows:
         """Return these rows."""
@@ -153,7 +161,7 @@ class DenseRows(Rows):
     def cat(cls, parts: Sequence[DenseRows]) -> DenseRows:
         """Join the examples of all parts, with zero rows where an example has fewer."""
         c = max(part.c for part in parts)
-        return cls(torch.cat([_pad(part.rows, 1, c) for part in parts]))
+        return cls(torch.cat([pad_to(part.rows, 1, c) for part in parts]))
 
 
 class FactoredRows(Rows):
@@ -178,15 +186,11 @@ class FactoredRows(Rows):
         self.width = layout.size
         self.dtype, self.device = signals.dtype, signals.device
 
-    def to(self, dtype: torch.dtype) -> FactoredRows:
-        """Return the same rows stored in ``dtype``."""
-        return FactoredRows(self.inputs.to(dtype), self.signals.to(dtype), self.layout)
-
     def is_finite(self) -> Tensor:
         """Whether every stored number is finite, as a tensor of no dimension."""
         return self.inputs.isfinite().all() & self.signals.isfinite().all()
 
-    def abs(self) -> FactoredRows:
+    def magnitudes(self) -> FactoredRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return FactoredRows(self.inputs.abs(), self.signals.abs(), self.layout)
 
@@ -204,8 +208,8 @@ class FactoredRows(Rows):
         c = max(part.c for part in parts)
         positions = max(part.positions for part in parts)
         return cls(
-            torch.cat([_pad(part.inputs, 1, positions) for part in parts]),
-            torch.cat([_pad(_pad(part.signals, 2, positions), 1, c) for part in parts]),
+            torch.cat([pad_to(part.inputs, 1, positions) for part in parts]),
+            torch.cat([pad_to(pad_to(part.signals, 2, positions), 1, c) for part in parts]),
             parts[0].layout,
         )
 
@@ -221,17 +225,17 @@ class FactoredRows(Rows):
         )
         return self.layout.flatten(rows.transpose(1, 2).flatten(0, 1)).view(m, self.c, self.width)
 
-    def project(self, vectors: Tensor) -> Tensor:
-        """Inner products of every row with ``(k, width)`` vectors, shape ``(k, n, c)``."""
-        if self.positions > 1 and vectors.shape[0] > 1:
-            return super().project(vectors)
-        out = vectors.new_empty((vectors.shape[0], self.n, self.c))
+    def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""
+        if self._dense_is_cheaper(vectors.shape[0]):
+            return super().project(vectors, dtype)
+        out = vectors.new_empty((vectors.shape[0], self.n, self.c), dtype=dtype)
         groups, position_size = self.layout.groups, self.positions * self.layout.out
-        for part, some in self._example_and_vector_chunks(vectors):
-            a = self.inputs[part].to(vectors.dtype)
-            s = self.signals[part].to(vectors.dtype)
+        for part, some in self._example_and_vector_chunks(vectors.shape[0], dtype.itemsize):
+            a = self.inputs[part].to(dtype)
+            s = self.signals[part].to(dtype)
             m = s.shape[0]
-            v = self.layout.matrices(vectors[some])
+            v = self.layout.matrices(vectors[some], dtype)
             k = v.shape[0]
             # (groups, m * T, columns) @ (groups, columns, k * out)
             va = a.permute(2, 0, 1, 3).reshape(groups, -1, self.layout.columns) @ (
@@ -239,17 +243,19 @@ class FactoredRows(Rows):
             )
             va = va.view(groups, m, self.positions, k, self.layout.out).permute(1, 3, 2, 0, 4)
             va = va.reshape(m, k, groups * position_size)
-            products = va @ s.reshape(m, self.c, groups * position_size).transpose(1, 2)
+            s = s.reshape(m, self.c, groups * position_size)
+            products = va.mul_(s).sum(2, True) if self.c == 1 else va @ s.transpose(1, 2)
             out[some, part] = products.transpose(0, 1)
         return out
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Sums of the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
-        if self.positions > 1 and coefficients.shape[0] > 1:
+        """Add up the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
+        if self._dense_is_cheaper(coefficients.shape[0]):
             return super().combine(coefficients)
         layout = self.layout
         out = coefficients.new_zeros((coefficients.shape[0], self.width))
-        for part, some in self._example_and_vector_chunks(coefficients):
+        itemsize = coefficients.element_size()
+        for part, some in self._example_and_vector_chunks(coefficients.shape[0], itemsize):
             a = self.inputs[part].to(coefficients.dtype)
             s = self.signals[part].to(coefficients.dtype)
             weights = coefficients[some, part]
@@ -289,8 +295,16 @@ class FactoredRows(Rows):
         )
         return squares.combine(weights[None])[0]
 
-    def _example_and_vector_chunks(self, array: Tensor) -> list[tuple[slice, slice]]:
-        itemsize, k, layout = array.element_size(), array.shape[0], self.layout
+    def _dense_is_cheaper(self, k: int) -> bool:
+        """Whether forming the rows costs less than the k products by the factors.
+
+        By the factors, every position meets every vector, and leaves ``k * out`` numbers to be
+        read again per example, where a dense row has ``columns * out``.
+        """
+        return k > 1 and (self.positions > 1 or k > self.layout.columns)
+
+    def _example_and_vector_chunks(self, k: int, itemsize: int) -> list[tuple[slice, slice]]:
+        layout = self.layout
         per_example = self.positions * layout.groups * layout.out
         parts = list(chunks(self.n, (per_example * 2 + layout.groups * layout.columns) * itemsize))
         m = parts[0].stop if parts else 1
@@ -320,10 +334,10 @@ class FactoredRows(Rows):
         if not self._gram_by_factors():
             return super()._add_gram_tile(left, right, out)
         t = self.positions
-        m, l = out.shape[0] // self.c, out.shape[1] // self.c
+        m, other = out.shape[0] // self.c, out.shape[1] // self.c
         for group in range(self.layout.groups):
-            aa = (left[0][group] @ right[0][group].T).view(m, 1, t, l, 1, t)
-            ss = (left[1][group] @ right[1][group].T).view(m, self.c, t, l, self.c, t)
+            aa = (left[0][group] @ right[0][group].T).view(m, 1, t, other, 1, t)
+            ss = (left[1][group] @ right[1][group].T).view(m, self.c, t, other, self.c, t)
             products = ss.mul_(aa)
             if t > 1:
                 products = products.sum((2, 5))
@@ -331,7 +345,17 @@ class FactoredRows(Rows):
         return None
 
 
-def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """Join the examples of all parts, in their common form if there is one, else dense."""
+    if len(parts) == 1:
+        return parts[0]
+    forms = {(type(part), getattr(part, "layout", None)) for part in parts}
+    if len(forms) == 1:
+        return type(parts[0]).cat(parts)
+    return DenseRows.cat([part.densify() for part in parts])
+
+
+def pad_to(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Lengthen one dimension with zeros."""
     missing = size - tensor.shape[dim]
     if not missing:

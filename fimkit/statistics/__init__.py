@@ -1,6 +1,6 @@
 """Streaming accumulators over batches."""
 
-from fimkit.statistics.fisher import FisherAccumulator
+from fimkit.statistics.fisher import FisherAccumulator, Solver
 from fimkit.statistics.rows import RowAccumulator
 
-__all__ = ["FisherAccumulator", "RowAccumulator"]
+__all__ = ["FisherAccumulator", "RowAccumulator", "Solver"]

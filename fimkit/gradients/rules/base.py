@@ -60,7 +60,8 @@ class ParameterIndex:
             return None
         if argument.shape[1:] != base.shape[1:] or argument.stride() != base.stride():
             return None
-        start, rest = divmod(argument.storage_offset() - base.storage_offset(), base.stride(0))
+        offset = int(argument.storage_offset()) - int(base.storage_offset())
+        start, rest = divmod(offset, base.stride(0))
         if rest:
             return None
         return Slot(self._by_id[id(base)][0], start, start + argument.shape[0], base.shape[0])
