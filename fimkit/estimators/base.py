@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -148,6 +148,80 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         """
         return self.fit(data, y).transform(data)
 
+    def inverse_transform(self, vectors: Any) -> Any:
+        """Multiply vectors by the damped Fisher, whose inverse `transform` applies.
+
+        Parameters
+        ----------
+        vectors : as for `transform`
+
+        Returns
+        -------
+        products : as ``vectors``
+            ``(F + λ I) v``.
+        """
+        check_is_fitted(self)
+        damping = self._damping()
+        return self._map(vectors, lambda flat: self.fisher_.matmul(flat, damping))
+
+    def score(self, vectors: Any, y: Any = None) -> float:
+        """Return the mean Gaussian log-likelihood of held-out gradients; higher is better.
+
+        Parameters
+        ----------
+        vectors : as for `transform`
+            Gradients that were not fitted; of a `ModelData`, those of the fitted kind. In-sample
+            the score always favours λ → 0.
+        y : ignored
+
+        Returns
+        -------
+        score : float
+            As `sklearn.covariance.EmpiricalCovariance.score` under covariance ``F + λ I``: it
+            selects a good inverse, not provably the best influence.
+        """
+        return float(self.score_samples(vectors).mean())
+
+    def score_samples(self, vectors: Any) -> npt.NDArray[np.float64]:
+        """Return the Gaussian log-likelihood of each gradient under covariance ``F + λ I``.
+
+        Parameters
+        ----------
+        vectors : as for `score`
+
+        Returns
+        -------
+        scores : ndarray of shape (k,)
+            ``-(gᵀ (F + λ I)⁻¹ g + log det(F + λ I) + p log 2π) / 2``. An example with several
+            weighted rows has the weighted sum of their quadratic forms.
+        """
+        check_is_fitted(self)
+        damping = self._damping()
+        quadratics = self._reduce(
+            vectors, lambda flat: self.fisher_.inverse_quadratic(flat, damping)[None]
+        )
+        return self._log_likelihood(quadratics[0], self.fisher_.logdet(damping))
+
+    def score_path(self, vectors: Any, regularizations: Sequence[float]) -> npt.NDArray[np.float64]:
+        """Return `score` at many λ, from one eigendecomposition.
+
+        Parameters
+        ----------
+        vectors : as for `score`
+        regularizations : sequence of float
+            Each is taken for all blocks.
+
+        Returns
+        -------
+        scores : ndarray of shape (len(regularizations),)
+        """
+        check_is_fitted(self)
+        dampings = [_checked(value, "regularizations") for value in regularizations]
+        spectrum = self.fisher_.spectrum()
+        quadratics = self._reduce(vectors, lambda flat: spectrum.quadratics(flat, dampings))
+        logdets = np.asarray(spectrum.logdets(dampings))
+        return self._log_likelihood(quadratics.mean(1), logdets)
+
     def mahalanobis(self, vectors: Any) -> npt.NDArray[np.float64]:
         """Squared Mahalanobis norms ``vᵀ (F + λ I)⁻¹ v``.
 
@@ -163,13 +237,10 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         damping = self._damping()
-        if isinstance(vectors, ModelData):
-            batches = self._dense_batches(vectors)
-            return np.concatenate(
-                [_numpy64(self.fisher_.inverse_quadratic(flat, damping)) for flat in batches]
-            )
-        flat, _ = self._flatten(vectors)
-        return _numpy64(self.fisher_.inverse_quadratic(flat, damping))
+        norms: npt.NDArray[np.float64] = self._reduce(
+            vectors, lambda flat: self.fisher_.inverse_quadratic(flat, damping)[None], "empirical"
+        )[0]
+        return norms
 
     @property
     def regularization_(self) -> Any:
@@ -254,15 +325,47 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
                 "fimkit.influence, which never forms them."
             )
         return np.concatenate(
-            [function(flat).cpu().numpy() for flat in self._dense_batches(vectors)]
+            [
+                function(dense[:, 0]).cpu().numpy()
+                for dense, _ in self._dense_batches(vectors, "empirical")
+            ]
         )
 
-    def _dense_batches(self, data: ModelData) -> Iterator[Tensor]:
-        """Yield the gradients of a ModelData's examples at their targets, ``(k, p)`` at a time."""
+    def _dense_batches(
+        self, data: ModelData, fisher: FisherKind | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows of a ModelData's examples, ``(m, c, p)`` at a time, and their weights."""
         dtype = torch.promote_types(self.dtype_, torch.float32)
-        for rows in self.gradients(data):
-            for part in chunks(rows.n, rows.size * dtype.itemsize):
-                yield rows.dense(part, dtype)
+        for rows in self.gradients(data, fisher):
+            for part in chunks(rows.n, rows.c * rows.size * dtype.itemsize):
+                dense = rows.dense(part, dtype)
+                weights = rows.flat_weights(dense).view(rows.n, rows.c)[part]
+                yield dense.view(*weights.shape, -1), weights
+
+    def _reduce(
+        self,
+        vectors: Any,
+        function: Callable[[Tensor], Tensor],
+        fisher: FisherKind | None = None,
+    ) -> npt.NDArray[np.float64]:
+        """Apply a function from ``(k, p)`` vectors to ``(L, k)`` numbers, float64.
+
+        A ModelData stands for its gradients, of the fitted kind unless told; an example's numbers
+        are then weighted sums over its rows.
+        """
+        if not isinstance(vectors, ModelData):
+            return _numpy64(function(self._flatten(vectors)[0]))
+        parts = []
+        for dense, weights in self._dense_batches(vectors, fisher):
+            values = function(dense.flatten(0, 1)).double()
+            parts.append(_numpy64((values.view(-1, *weights.shape) * weights.double()).sum(2)))
+        return np.concatenate(parts, 1)
+
+    def _log_likelihood(self, quadratics: Any, logdet: Any) -> npt.NDArray[np.float64]:
+        """Return ``-(q + log det + p log 2π) / 2``."""
+        constant = self.n_features_in_ * math.log(2 * math.pi)
+        out: npt.NDArray[np.float64] = -(quadratics + logdet + constant) / 2
+        return out
 
     def gradients(
         self, data: ModelData, fisher: FisherKind | None = "empirical"

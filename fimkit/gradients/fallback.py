@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,11 +79,15 @@ class FallbackGradients:
         size = sum(p.numel() * p.element_size() for p in selected.values())
         if all(dim is None for dim in dims):
             raise ValueError("no tensor of the batch has the examples along it")
-        gradients = vmap(
+        vectorized = vmap(
             jacrev(of_example),
             in_dims=(None, *dims),
             chunk_size=max(1, _VMAP_BUDGET // max(1, 4 * size)),
-        )(selected, *leaves)
+        )
+        with warnings.catch_warnings():
+            # An operator without a batching rule runs example by example: slower, and as exact.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            gradients = vectorized(selected, *leaves)
         return [rows.detach() for rows in gradients.values()]
 
     def _one_by_one(

@@ -13,6 +13,9 @@ from fimkit.losses import Loss, Uniforms
 
 __all__ = ["FisherKind", "Objective"]
 
+# Rows that one example may contribute to the exact Fisher.
+_MAX_ROWS = 4096
+
 FisherKind = Literal["empirical", "mc", "exact", "predicted"]
 
 
@@ -48,6 +51,12 @@ class Objective:
         """Return ``(B, c)`` scalars and their weights, None where all are one."""
         if self.fisher == "exact":
             rows, weights = self.loss.exact(outputs, labels[0])
+            if rows.shape[1] > _MAX_ROWS:
+                raise IFVPUsageError(
+                    f"fisher='exact' takes {rows.shape[1]} rows and as many backward passes per "
+                    f"example here (one per output, or per token and class), above the limit of "
+                    f"{_MAX_ROWS}; use fisher='mc', whose mean it is."
+                )
             return rows, weights.detach()
         losses = [self._losses(outputs, targets) for targets in labels]
         if len(losses) == 1:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from fimkit.operators.spectrum import Spectrum
+
 __all__ = ["Operator"]
 
 
@@ -29,8 +31,8 @@ class Operator(ABC):
         return self.size, self.size
 
     @abstractmethod
-    def matmul(self, vectors: Tensor) -> Tensor:
-        """Return ``F v`` for each of ``(k, p)`` vectors."""
+    def matmul(self, vectors: Tensor, damping: float = 0.0) -> Tensor:
+        """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
 
     @abstractmethod
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
@@ -51,6 +53,10 @@ class Operator(ABC):
     @abstractmethod
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""
+
+    @abstractmethod
+    def spectrum(self) -> Spectrum:
+        """Return what gives inverse quadratic forms and log determinants at many dampings."""
 
     @abstractmethod
     def to_dense(self) -> Tensor:

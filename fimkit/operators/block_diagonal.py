@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fimkit.operators.base import Operator
 from fimkit.operators.row_matrix import Columns
+from fimkit.operators.spectrum import Spectrum
 
 __all__ = ["BlockDiagonalOperator"]
 
@@ -29,11 +30,11 @@ class BlockDiagonalOperator(Operator):
         self.size = sum(columns.size for columns, _ in blocks.values())
         self.device = next(iter(blocks.values()))[1].device
 
-    def matmul(self, vectors: Tensor) -> Tensor:
-        """Return ``F v`` for each of ``(k, p)`` vectors."""
+    def matmul(self, vectors: Tensor, damping: float | Sequence[float] = 0.0) -> Tensor:
+        """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
         out = torch.empty_like(vectors)
-        for columns, operator in self.blocks.values():
-            columns.put(out, operator.matmul(columns.take(vectors)))
+        for (columns, operator), value in self._damped(damping):
+            columns.put(out, operator.matmul(columns.take(vectors), value))
         return out
 
     def solve(self, vectors: Tensor, damping: float | Sequence[float]) -> Tensor:
@@ -67,6 +68,12 @@ class BlockDiagonalOperator(Operator):
         """Return ``log det(F + damping I)``."""
         return sum(operator.logdet(value) for (_, operator), value in self._damped(damping))
 
+    def spectrum(self) -> Spectrum:
+        """Return what gives inverse quadratic forms and log determinants at many dampings."""
+        return _BlockSpectrum(
+            [(columns, operator.spectrum()) for columns, operator in self.blocks.values()]
+        )
+
     def to_dense(self) -> Tensor:
         """Return ``F`` as a ``(p, p)`` tensor."""
         parts = [(columns, operator.to_dense()) for columns, operator in self.blocks.values()]
@@ -83,3 +90,20 @@ class BlockDiagonalOperator(Operator):
     ) -> list[tuple[tuple[Columns, Operator], float]]:
         values = [damping] * len(self.blocks) if isinstance(damping, int | float) else damping
         return list(zip(self.blocks.values(), values, strict=True))
+
+
+class _BlockSpectrum(Spectrum):
+    """The spectra of all blocks, each met by its own columns and by the same dampings."""
+
+    def __init__(self, blocks: Sequence[tuple[Columns, Spectrum]]) -> None:
+        self._blocks = blocks
+
+    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
+        """Return the sum of all blocks' quadratic forms, shape ``(L, k)``."""
+        parts = [s.quadratics(columns.take(vectors), dampings) for columns, s in self._blocks]
+        return torch.stack(parts).sum(0)
+
+    def logdets(self, dampings: Sequence[float]) -> list[float]:
+        """Return the sum of all blocks' log determinants for each damping."""
+        parts = [spectrum.logdets(dampings) for _, spectrum in self._blocks]
+        return [sum(values) for values in zip(*parts, strict=True)]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
+from fimkit.operators.spectrum import EigenSpectrum, Spectrum, eigh
 
 __all__ = ["DenseOperator"]
 
@@ -26,9 +27,10 @@ class DenseOperator(Operator):
         self.device = matrix.device
         self._cholesky = DampedCholesky(matrix)
 
-    def matmul(self, vectors: Tensor) -> Tensor:
-        """Return ``F v`` for each of ``(k, p)`` vectors."""
-        return (vectors.to(self.matrix.dtype) @ self.matrix).to(vectors.dtype)
+    def matmul(self, vectors: Tensor, damping: float = 0.0) -> Tensor:
+        """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
+        wide = vectors.to(self.matrix.dtype)
+        return torch.addmm(wide, wide, self.matrix, beta=damping).to(vectors.dtype)
 
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
@@ -54,6 +56,16 @@ class DenseOperator(Operator):
         """Return ``log det(F + damping I)``."""
         self._check(damping)
         return self._cholesky.logdet(damping)
+
+    def spectrum(self) -> Spectrum:
+        """Return what gives inverse quadratic forms and log determinants at many dampings."""
+        eigenvalues, basis = eigh(self.matrix)
+
+        def coordinates(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            squares = (vectors.to(basis.dtype) @ basis).square()
+            return squares, squares.new_zeros(len(squares))
+
+        return EigenSpectrum(eigenvalues, 0, coordinates)
 
     def to_dense(self) -> Tensor:
         """Return ``F`` as a ``(p, p)`` tensor."""

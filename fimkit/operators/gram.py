@@ -22,6 +22,7 @@ from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
 from fimkit.operators.memory import accumulation_dtype, chunks
 from fimkit.operators.row_matrix import RowMatrix
+from fimkit.operators.spectrum import EigenSpectrum, Spectrum, eigh
 
 __all__ = ["GramOperator"]
 
@@ -52,11 +53,11 @@ class GramOperator(Operator):
         """Inner products of the weighted rows over n, shape ``(r, r)``: F's nonzero spectrum."""
         return self._cholesky.matrix
 
-    def matmul(self, vectors: Tensor) -> Tensor:
-        """Return ``F v`` for each of ``(k, p)`` vectors."""
-        out = torch.zeros_like(vectors)
+    def matmul(self, vectors: Tensor, damping: float = 0.0) -> Tensor:
+        """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
+        out = torch.empty_like(vectors)
         for some, columns, values in self.rows.combine(self._project(vectors) * self._scale):
-            out[some, columns] = values.to(out.dtype)
+            out[some, columns] = values.add_(vectors[some, columns], alpha=damping)
         return out
 
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
@@ -64,12 +65,9 @@ class GramOperator(Operator):
         self._check(damping)
         coefficients = self._cholesky.solve(self._project(vectors).T, damping).T * self._scale
         out = torch.empty_like(vectors)
-        covered = 0
         for some, columns, values in self.rows.combine(coefficients):
             torch.sub(vectors[some, columns], values, out=values)
             out[some, columns] = values.div_(damping)
-            covered += values.numel()
-        assert covered == out.numel()
         return out
 
     def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
@@ -98,6 +96,18 @@ class GramOperator(Operator):
         self._check(damping)
         rest = self.size - self.gram.shape[0]
         return self._cholesky.logdet(damping) + rest * math.log(damping)
+
+    def spectrum(self) -> Spectrum:
+        """Return what gives inverse quadratic forms and log determinants at many dampings."""
+        eigenvalues, basis = eigh(self.gram)
+        kept = eigenvalues > torch.finfo(basis.dtype).eps * len(basis) * eigenvalues.max()
+        eigenvalues, basis = eigenvalues[kept], basis[:, kept]
+
+        def coordinates(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            squares = (self._project(vectors) @ basis).square() / eigenvalues
+            return squares, (self.squared_norms(vectors) - squares.sum(1)).clamp_(min=0)
+
+        return EigenSpectrum(eigenvalues, self.size - len(eigenvalues), coordinates)
 
     def to_dense(self) -> Tensor:
         """Return ``F`` as a ``(p, p)`` tensor."""

@@ -1,136 +1,40 @@
-r"""Losses per example, sampled labels, and the rows of the exact Fisher information matrix.
-
-A loss here is a negative log-likelihood of one example. It is asked, in this order, for the
-model's outputs on a batch, the batch's targets, and then for one of:
-
-- ``losses``: :math:`l_i` at given targets (the empirical Fisher takes the batch's own);
-- ``sample``: targets drawn from the predictive distribution (``mc``);
-- ``mode``: its most probable targets (``predicted``);
-- ``exact``: scalars whose gradients, weighted, give the type-2 Fisher (``exact``).
-
-A custom loss is a callable ``loss(model, batch)`` for the empirical Fisher, or a subclass of
-`Loss` with as many of these methods as it needs.
-"""
+"""Losses that are negative log-likelihoods of known distributions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from scipy.stats import poisson
+from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.losses.base import Loss, Uniforms
 
-__all__ = ["LOSSES", "CallableLoss", "Loss", "resolve_loss"]
-
-
-class Loss:
-    """A negative log-likelihood per example; subclass it for a loss of your own.
-
-    Every tensor has the examples of the batch along its first dimension.
-    """
-
-    #: How messages name this loss.
-    name = "loss"
-
-    def outputs(self, model: nn.Module, batch: Any) -> Any:
-        """Run the model on a batch and return what the other methods take as ``outputs``.
-
-        A tuple or list is ``(*inputs, targets)``; of a mapping, ``labels`` are the targets and
-        the rest keyword arguments. An output object's ``logits`` are taken when it has them.
-        """
-        if isinstance(batch, Mapping):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            out = model(**inputs)
-        else:
-            out = model(*_sequence(batch)[:-1])
-        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-        return out if logits is None else logits
-
-    def targets(self, batch: Any) -> Any:
-        """Return the targets of a batch: its ``labels``, or its last element."""
-        if isinstance(batch, Mapping):
-            if "labels" not in batch:
-                raise IFVPUsageError(
-                    f"the batch is a mapping with keys {sorted(map(str, batch))}, without "
-                    "'labels'; rename its targets to 'labels', or pass a callable "
-                    "loss(model, batch)."
-                )
-            return batch["labels"]
-        return _sequence(batch)[-1]
-
-    def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the loss of each example, shape ``(B,)``, or ``(losses, mask)``."""
-        raise NotImplementedError
-
-    def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Any:
-        """Return targets drawn from the predictive distribution.
-
-        Parameters
-        ----------
-        outputs, targets
-            As returned by the methods of those names; ``targets`` for their shape and for
-            positions that do not count.
-        uniforms : callable
-            ``uniforms(shape)``, with B first in ``shape``, returns a float64 tensor of numbers in
-            [0, 1) that depend on the random state, the example and the sample, not on the batch.
-        """
-        raise self._refusal("'mc'", "sample")
-
-    def mode(self, outputs: Any, targets: Any) -> Any:
-        """Return the model's own most probable targets."""
-        raise self._refusal("'predicted'", "mode")
-
-    def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Return scalars ``(B, c)`` and weights ``(B, c)`` of the exact Fisher's rows.
-
-        The Fisher of an example is the sum over its c scalars of weight times the outer product
-        of the scalar's gradient. Weights carry no gradient.
-        """
-        raise self._refusal("'exact'", "exact")
-
-    def _refusal(self, fisher: str, method: str) -> IFVPUsageError:
-        return IFVPUsageError(
-            f"fisher={fisher} needs a likelihood, which {self.name} does not give; use "
-            f"fisher='empirical', or a subclass of fimkit.losses.Loss with a {method}() method."
-        )
-
-
-Uniforms = Callable[[Sequence[int]], Tensor]
-
-
-class CallableLoss(Loss):
-    """A function ``loss(model, batch)`` returning ``(B,)`` losses, or ``(losses, mask)``."""
-
-    def __init__(self, function: Callable[[nn.Module, Any], Any]) -> None:
-        self.function = function
-        self.name = f"loss={getattr(function, '__name__', type(function).__name__)}"
-
-    def outputs(self, model: nn.Module, batch: Any) -> Any:
-        """Return what the function returns."""
-        return self.function(model, batch)
-
-    def targets(self, batch: Any) -> None:
-        """Return None: the function has met its targets."""
-        return
-
-    def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the function's result."""
-        return outputs  # type: ignore[no-any-return]
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "GaussianNLL", "PoissonNLL", "SquaredError"]
 
 
 class CrossEntropy(Loss):
     """Softmax cross-entropy, summed over the targets of an example that count.
 
     Classes are along dimension 1, as PyTorch has them, or along the last, as language models
-    have them; targets equal to -100 do not count.
+    have them.
+
+    Parameters
+    ----------
+    ignore_index : int, default=-100
+        Targets of this value do not count.
+    classes_last : bool, default=True
+        Whether classes may also be along the last dimension.
     """
 
     name = "loss='cross_entropy'"
-    ignore_index = -100
+
+    def __init__(self, ignore_index: int = -100, *, classes_last: bool = True) -> None:
+        self.ignore_index = ignore_index
+        self._classes_last = classes_last
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the sum of each example's token losses, shape ``(B,)``."""
@@ -171,7 +75,7 @@ class CrossEntropy(Loss):
             )
         shape = tuple(targets.shape)
         second = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == shape
-        last = logits.ndim > 2 and tuple(logits.shape[:-1]) == shape
+        last = self._classes_last and logits.ndim > 2 and tuple(logits.shape[:-1]) == shape
         if second and last:
             raise IFVPUsageError(
                 f"{self.name} cannot tell which dimension of outputs of shape "
@@ -217,23 +121,41 @@ class _Elementwise(Loss):
 
 
 class SquaredError(_Elementwise):
-    """Half the squared error, ½‖f − y‖²: the negative log-likelihood of a unit Gaussian."""
+    """Half the squared error times a precision: a Gaussian's negative log-likelihood.
+
+    Parameters
+    ----------
+    precision : float or None, default=1.0
+        Inverse variance β of ``β/2 ‖f − y‖²``; None for two over the number of an example's
+        outputs, which makes it the mean of squares.
+    """
 
     name = "loss='mse'"
 
+    def __init__(self, precision: float | None = 1.0) -> None:
+        self._precision = precision
+
     def _terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square() / 2
+        return self._beta(outputs) / 2 * (outputs - targets).square()
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
-        """Draw from a unit Gaussian around the outputs."""
+        """Draw from a Gaussian around the outputs."""
         mean, _ = self._aligned(outputs, targets)
-        return mean + _gaussian(uniforms, mean)
+        noise = _gaussian(uniforms, mean) / math.sqrt(self._beta(mean))
+        return (mean + noise).view(outputs.shape)
+
+    def mode(self, outputs: Any, targets: Any) -> Tensor:
+        """Refuse: at its own mean a Gaussian's gradient is zero."""
+        raise _zero_at_mode(self.name)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Return the outputs themselves, weighted 1."""
+        """Return the outputs themselves, weighted by the precision."""
         mean, _ = self._aligned(outputs, targets)
         rows = mean.flatten(1)
-        return rows, torch.ones_like(rows)
+        return rows, torch.full_like(rows, self._beta(mean), requires_grad=False)
+
+    def _beta(self, outputs: Tensor) -> float:
+        return 2 / outputs[0].numel() if self._precision is None else self._precision
 
 
 class BinaryCrossEntropy(_Elementwise):
@@ -248,12 +170,12 @@ class BinaryCrossEntropy(_Elementwise):
         """Draw 0 or 1 for every output."""
         logits, _ = self._aligned(outputs, targets)
         u = uniforms(logits.shape).to(logits.device)
-        return (u < logits.double().sigmoid()).to(logits.dtype)
+        return (u < logits.double().sigmoid()).to(logits.dtype).view(outputs.shape)
 
     def mode(self, outputs: Any, targets: Any) -> Tensor:
         """Return 1 where an output's probability exceeds one half."""
         logits, _ = self._aligned(outputs, targets)
-        return (logits > 0).to(logits.dtype)
+        return (logits > 0).to(logits.dtype).view(outputs.shape)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return the logits, weighted p (1 - p)."""
@@ -262,46 +184,92 @@ class BinaryCrossEntropy(_Elementwise):
         return logits.flatten(1), p * (1 - p)
 
 
-LOSSES: dict[str, type[Loss]] = {
-    "bce": BinaryCrossEntropy,
-    "cross_entropy": CrossEntropy,
-    "mse": SquaredError,
-}
-
-
-def resolve_loss(loss: Any) -> Loss:
-    """Return the `Loss` that a ``loss`` parameter stands for.
+class GaussianNLL(Loss):
+    """Gaussian negative log-likelihood of outputs ``(mean, variance)``, each ``(B, ...)``.
 
     Parameters
     ----------
-    loss : {"cross_entropy", "mse", "bce"}, Loss, torch.nn.Module or callable
-
-    Raises
-    ------
-    IFVPUsageError
-        If it is none of these.
+    eps : float, default=1e-6
+        Least variance, as in `torch.nn.GaussianNLLLoss`.
     """
-    if isinstance(loss, str) and loss in LOSSES:
-        return LOSSES[loss]()
-    if isinstance(loss, Loss):
-        return loss
-    if callable(loss) and not isinstance(loss, type):
-        return CallableLoss(loss)
-    raise IFVPUsageError(
-        f"loss={loss!r} is not known; expected one of {sorted(LOSSES)}, a torch loss module, a "
-        "fimkit.losses.Loss, or a callable loss(model, batch) returning (B,) losses."
-    )
+
+    name = "the Gaussian likelihood"
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        self._eps = eps
+
+    def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
+        """Draw from the Gaussians."""
+        mean, variance = self._moments(outputs)
+        return mean + variance.sqrt() * _gaussian(uniforms, mean)
+
+    def mode(self, outputs: Any, targets: Any) -> Tensor:
+        """Refuse, as for every regression."""
+        raise _zero_at_mode(self.name)
+
+    def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return means, weighted 1/v, and variances, weighted 1/(2 v²)."""
+        mean, variance = (moment.flatten(1) for moment in self._moments(outputs))
+        v = variance.detach()
+        return torch.cat([mean, variance], 1), torch.cat([1 / v, 1 / (2 * v**2)], 1)
+
+    def _moments(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+            raise IFVPUsageError(
+                f"{self.name} needs a model that returns (mean, variance); got "
+                f"{type(outputs).__name__}."
+            )
+        mean, variance = outputs
+        if mean.shape != variance.shape:
+            raise IFVPUsageError(
+                f"{self.name} got a mean of shape {tuple(mean.shape)} and a variance of shape "
+                f"{tuple(variance.shape)}; fisher='mc' and 'exact' need one variance per output."
+            )
+        return mean, variance.clamp(min=self._eps)
 
 
-def _sequence(batch: Any) -> Sequence[Any]:
-    if isinstance(batch, tuple | list) and len(batch) >= 2:
-        return batch
-    found = type(batch).__name__
-    if isinstance(batch, tuple | list):
-        found += f" of length {len(batch)}"
-    raise IFVPUsageError(
-        f"a batch must be a tuple or list (*inputs, targets), or a mapping with 'labels'; got "
-        f"{found}. Pass a callable loss(model, batch) for other batches."
+class PoissonNLL(Loss):
+    """Poisson negative log-likelihood of the logarithm of the rate, or of the rate.
+
+    Parameters
+    ----------
+    log_input : bool, default=True
+        Whether outputs are logarithms of rates.
+    eps : float, default=1e-8
+        Added to a rate before its logarithm, as in `torch.nn.PoissonNLLLoss`.
+    """
+
+    name = "the Poisson likelihood"
+
+    def __init__(self, log_input: bool = True, eps: float = 1e-8) -> None:
+        self._log_input = log_input
+        self._eps = eps
+
+    def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
+        """Draw counts by inversion of the distribution function."""
+        rates = self._rates(outputs)
+        u = uniforms(outputs.shape)
+        counts = poisson.ppf(u.numpy(), rates.detach().cpu().double().numpy())
+        return torch.as_tensor(counts).clamp_(min=0).to(outputs)
+
+    def mode(self, outputs: Any, targets: Any) -> Tensor:
+        """Refuse, as for every regression."""
+        raise _zero_at_mode(self.name)
+
+    def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return outputs, weighted by the rate when they are its logarithm, else by 1/rate."""
+        rows = outputs.flatten(1)
+        rates = self._rates(outputs).detach().flatten(1)
+        return rows, rates if self._log_input else 1 / (rates + self._eps)
+
+    def _rates(self, outputs: Tensor) -> Tensor:
+        return outputs.exp() if self._log_input else outputs
+
+
+def _zero_at_mode(name: str) -> IFVPUsageError:
+    return IFVPUsageError(
+        f"fisher='predicted' is zero for {name}: a regression's gradient vanishes at its own "
+        "prediction. Use fisher='mc' or fisher='exact'."
     )
 
 

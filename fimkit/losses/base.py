@@ -1,0 +1,119 @@
+"""What a loss is asked for, and losses that are plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fimkit.exceptions import IFVPUsageError
+
+__all__ = ["CallableLoss", "Loss", "Uniforms"]
+
+#: Numbers in [0, 1) of a shape with the examples first, by random state, example and sample.
+Uniforms = Callable[[Sequence[int]], Tensor]
+
+
+class Loss:
+    """A negative log-likelihood per example; subclass it for a loss of your own.
+
+    Every tensor has the examples of the batch along its first dimension.
+    """
+
+    #: How messages name this loss.
+    name = "loss"
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch and return what the other methods take as ``outputs``.
+
+        A tuple or list is ``(*inputs, targets)``; of a mapping, ``labels`` are the targets and
+        the rest keyword arguments. An output object's ``logits`` are taken when it has them.
+        """
+        if isinstance(batch, Mapping):
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            out = model(**inputs)
+        else:
+            out = model(*_sequence(batch)[:-1])
+        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        return out if logits is None else logits
+
+    def targets(self, batch: Any) -> Any:
+        """Return the targets of a batch: its ``labels``, or its last element."""
+        if isinstance(batch, Mapping):
+            if "labels" not in batch:
+                raise IFVPUsageError(
+                    f"the batch is a mapping with keys {sorted(map(str, batch))}, without "
+                    "'labels'; rename its targets to 'labels', or pass a callable "
+                    "loss(model, batch)."
+                )
+            return batch["labels"]
+        return _sequence(batch)[-1]
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the loss of each example, shape ``(B,)``, or ``(losses, mask)``."""
+        raise NotImplementedError
+
+    def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Any:
+        """Return targets drawn from the predictive distribution.
+
+        Parameters
+        ----------
+        outputs, targets
+            As returned by the methods of those names; ``targets`` for their shape and for
+            positions that do not count.
+        uniforms : callable
+            ``uniforms(shape)``, with B first in ``shape``, returns a float64 tensor of numbers in
+            [0, 1) that depend on the random state, the example and the sample, not on the batch.
+        """
+        raise self._refusal("'mc'", "sample")
+
+    def mode(self, outputs: Any, targets: Any) -> Any:
+        """Return the model's own most probable targets."""
+        raise self._refusal("'predicted'", "mode")
+
+    def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return scalars ``(B, c)`` and weights ``(B, c)`` of the exact Fisher's rows.
+
+        The Fisher of an example is the sum over its c scalars of weight times the outer product
+        of the scalar's gradient. Weights carry no gradient.
+        """
+        raise self._refusal("'exact'", "exact")
+
+    def _refusal(self, fisher: str, method: str) -> IFVPUsageError:
+        return IFVPUsageError(
+            f"fisher={fisher} needs a likelihood, which {self.name} does not give; use "
+            f"fisher='empirical', or a subclass of fimkit.losses.Loss with a {method}() method."
+        )
+
+
+class CallableLoss(Loss):
+    """A function ``loss(model, batch)`` returning ``(B,)`` losses, or ``(losses, mask)``."""
+
+    def __init__(self, function: Callable[[nn.Module, Any], Any]) -> None:
+        self.function = function
+        self.name = f"loss={getattr(function, '__name__', type(function).__name__)}"
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Return what the function returns."""
+        return self.function(model, batch)
+
+    def targets(self, batch: Any) -> None:
+        """Return None: the function has met its targets."""
+        return
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the function's result."""
+        return outputs  # type: ignore[no-any-return]
+
+
+def _sequence(batch: Any) -> Sequence[Any]:
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return batch
+    found = type(batch).__name__
+    if isinstance(batch, tuple | list):
+        found += f" of length {len(batch)}"
+    raise IFVPUsageError(
+        f"a batch must be a tuple or list (*inputs, targets), or a mapping with 'labels'; got "
+        f"{found}. Pass a callable loss(model, batch) for other batches."
+    )

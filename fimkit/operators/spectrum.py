@@ -1,0 +1,83 @@
+"""Inverse quadratic forms and determinants at many dampings from one eigendecomposition."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.cholesky import singular
+
+__all__ = ["EigenSpectrum", "Spectrum", "eigh"]
+
+
+class Spectrum(ABC):
+    """What scoring an operator at many dampings takes."""
+
+    @abstractmethod
+    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors, shape ``(L, k)``."""
+
+    @abstractmethod
+    def logdets(self, dampings: Sequence[float]) -> list[float]:
+        """Return ``log det(F + λ I)`` for each damping."""
+
+
+class EigenSpectrum(Spectrum):
+    """Eigenvalues of an operator, and the squared coordinates of vectors along its eigenvectors.
+
+    Parameters
+    ----------
+    eigenvalues : Tensor of shape (m,)
+        Those kept, float64.
+    rest : int
+        Number of further eigenvalues, all zero.
+    coordinates : callable
+        Takes ``(k, p)`` vectors to ``(k, m)`` squared coordinates and the ``(k,)`` squared norms
+        of what they leave out.
+    """
+
+    def __init__(
+        self,
+        eigenvalues: Tensor,
+        rest: int,
+        coordinates: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._eigenvalues = eigenvalues
+        self._rest = rest
+        self._coordinates = coordinates
+
+    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors, shape ``(L, k)``."""
+        squares, left = self._coordinates(vectors)
+        out = []
+        for damping in dampings:
+            self._check(damping)
+            values = squares @ (1 / (self._eigenvalues + damping))
+            out.append(values + left / damping if self._rest else values)
+        return torch.stack(out)
+
+    def logdets(self, dampings: Sequence[float]) -> list[float]:
+        """Return ``log det(F + λ I)`` for each damping."""
+        out = []
+        for damping in dampings:
+            self._check(damping)
+            rest = self._rest * math.log(damping) if self._rest else 0.0
+            out.append(float((self._eigenvalues + damping).log().sum()) + rest)
+        return out
+
+    def _check(self, damping: float) -> None:
+        values = self._eigenvalues
+        size = torch.finfo(values.dtype).eps * (len(values) + self._rest)
+        least = 0.0 if self._rest or not len(values) else float(values[0])
+        if not least + damping > size * float(values.max() if len(values) else 0):
+            raise singular(damping, f"its smallest eigenvalue is below {size:.1g} of the largest")
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigendecompose a positive semi-definite matrix: eigenvalues ascending, none negative."""
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    return eigenvalues.clamp_(min=0), vectors
