@@ -22,7 +22,15 @@ from tqdm.auto import tqdm
 from fimkit.data import ModelData, check_batches, indexed_batches
 from fimkit.estimators.blocks import select_parameters
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
-from fimkit.gradients import FisherKind, GradientEngine, Objective, evaluating, unwrap
+from fimkit.gradients import (
+    AmbientAutocast,
+    BatchGradients,
+    FisherKind,
+    GradientEngine,
+    Objective,
+    evaluating,
+    unwrap,
+)
 from fimkit.gradients.sampling import ExampleUniforms
 from fimkit.gradients.tree import to_device
 from fimkit.losses import LOSSES, resolve_loss
@@ -390,7 +398,8 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             objective = Objective(objective.loss, fisher)
         run = Run(self, data, None, objective=objective, seed=seed, space=self._space)
         with evaluating(run.model):
-            yield from run.rows()
+            for gradients in run.gradients():
+                yield gradients.rows()
 
 
 class Run:
@@ -439,9 +448,10 @@ class Run:
         self.blocks: dict[str, int] | None = None
         self.n = 0
         self.coverage: dict[str, str] = {}
+        self._autocast = AmbientAutocast()
 
-    def rows(self) -> Iterator[RowMatrix]:
-        """Yield the rows of every batch.
+    def gradients(self) -> Iterator[BatchGradients]:
+        """Yield the per-example gradients of every batch.
 
         Raises
         ------
@@ -449,7 +459,13 @@ class Run:
             If there is no batch, or a batch gives numbers that are not finite.
         """
         engine = GradientEngine(
-            self.model, self.objective, self.space, self.dtype, self.device, self.blocks
+            self.model,
+            self.objective,
+            self.space,
+            self.dtype,
+            self.device,
+            self.blocks,
+            self._autocast,
         )
         self.coverage = engine.coverage
         sampled = self.objective.fisher == "mc"
@@ -460,16 +476,16 @@ class Run:
         for i, (indices, batch) in enumerate(progress):
             uniforms = ExampleUniforms(self.seed, self.n if indices is None else indices)
             try:
-                rows = engine.rows(to_device(batch, self.model_device), uniforms)
+                gradients = engine.gradients(to_device(batch, self.model_device), uniforms)
             except IFVPUsageError as error:
                 raise type(error)(f"batch {i}: {error}") from error
-            if not rows.n:
+            if not gradients.n:
                 raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
-            self.n += rows.n
-            finite.append(rows.is_finite())
+            self.n += gradients.n
+            finite.append(gradients.is_finite())
             if finite[-1].device.type == "cpu":
                 _refuse_infinite(finite)  # elsewhere waiting for the answer would cost time
-            yield rows
+            yield gradients
         if not finite:
             raise IFVPUsageError(
                 "the data has no batches; give at least one example (an iterator that was "

@@ -141,7 +141,8 @@ class Explicit(FisherEstimator):
             block: FisherAccumulator(part.size, run.device, self.solver)
             for block, part in columns.items()
         }
-        for rows in run.rows():
+        for gradients in run.gradients():
+            rows = gradients.rows()
             for block, accumulator in accumulators.items():
                 accumulator.update(rows.block(columns[block]))
         operators = {

@@ -1,4 +1,4 @@
-"""Per-example gradients of a model, batch by batch, as a `RowMatrix`.
+"""Per-example gradients of a model, batch by batch.
 
 Calls on parameters are captured during one forward pass; one backward pass per scalar stops at
 their outputs, so weight gradients are never formed. What no rule covers comes from torch.func.
@@ -18,13 +18,20 @@ from torch import Tensor, nn
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
-from fimkit.gradients.groups import Group, Located, captured_rows, pair_parameters
+from fimkit.gradients.groups import (
+    BatchGradients,
+    Group,
+    GroupGradients,
+    Located,
+    pair_parameters,
+)
 from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.rules import Use
 from fimkit.gradients.verification import RandomSum, refuse_reentrant_checkpoint
 from fimkit.losses import Uniforms
-from fimkit.operators import Columns, DenseRows, RowMatrix, Rows
+from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
 
 __all__ = ["GradientEngine"]
@@ -38,6 +45,7 @@ class _Pass:
     labels: list[Any]
     scalars: Tensor
     weights: Tensor | None
+    mask: Tensor | None
     uses: list[Use]
 
     @property
@@ -67,6 +75,8 @@ class GradientEngine:
         Where rows are kept.
     blocks : mapping of str to int, optional
         Block of each parameter; a bias is folded into its weight only within one block.
+    autocast : AmbientAutocast, optional
+        The autocasting under which the model is run; what is in force when not given.
 
     Attributes
     ----------
@@ -82,22 +92,24 @@ class GradientEngine:
         dtype: torch.dtype,
         device: torch.device,
         blocks: Mapping[str, int] | None = None,
+        autocast: AmbientAutocast | None = None,
     ) -> None:
         self._model = model
+        self._autocast = autocast or AmbientAutocast()
         self._objective = objective
         self._space = space
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._blocks = blocks
         named = dict(model.named_parameters())
         self._parameters = {name: named[name] for name in space.shapes}
-        self._fallback = FallbackGradients(model, objective)
+        self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
         self._layouts: dict[Any, list[BatchLayout | None]] = {}
         self.coverage = dict.fromkeys(space.shapes, "no gradient seen")
 
-    def rows(self, batch: Any, uniforms: Uniforms | None = None) -> RowMatrix:
-        """Return the rows of a batch.
+    def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
+        """Return the per-example gradients of a batch.
 
         Parameters
         ----------
@@ -116,19 +128,22 @@ class GradientEngine:
         layouts = self._layouts.get(run.key)
         if layouts is None or not _fit(layouts, run):
             layouts = self._verify(run, signals)
-        return self._row_matrix(run, _locate(run, signals, layouts), self._fallback_rows(run))
+        for use in run.uses:
+            del use.edge  # it holds the graph, which may go now
+        return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
-        with Capture(self._parameters) as capture:
+        with self._autocast.restored(), Capture(self._parameters) as capture:
             outputs = self._objective.loss.outputs(self._model, batch)
             labels = self._objective.labels(outputs, batch, uniforms)
-            scalars, weights = self._objective.scalars(outputs, labels)
+            scalars, weights, mask = self._objective.scalars(outputs, labels)
         if not scalars.requires_grad:
             raise IFVPUsageError(
                 "the losses do not depend on any selected parameter through autograd: the model "
                 "or the loss detaches its result, for instance by torch.no_grad() or .item()."
             )
-        run = _Pass(batch, labels, scalars, weights, capture.uses)
+        mask = _padding_mask(batch) if mask is None else mask
+        run = _Pass(batch, labels, scalars, weights, mask, capture.uses)
         if run.key not in self._layouts:
             refuse_reentrant_checkpoint(scalars, capture.detached)
         return run
@@ -158,7 +173,7 @@ class GradientEngine:
             if layout is None:
                 self._fallback_names.update(use.names)
         groups = self._groups or self._pair(run.uses)
-        captured = self._row_matrix(run, _locate(run, signals, layouts), {}, groups)
+        captured = self._collect(run, _locate(run, signals, layouts), {}, groups).rows()
         self._fallback_names.update(check.disagreeing(captured, self._places(fallback=False)))
         self._groups = self._groups or self._pair(run.uses)
         for group in self._groups:
@@ -189,7 +204,7 @@ class GradientEngine:
         wrong: list[str] = []
         for batch_dim in dict.fromkeys((self._fallback.batch_dim, 0, 1)):
             self._fallback.batch_dim = batch_dim
-            rows = self._row_matrix(run, [], self._fallback_rows(run))
+            rows = self._collect(run, [], self._fallback_rows(run)).rows()
             wrong = check.disagreeing(rows, self._places(fallback=True))
             if not wrong:
                 return
@@ -207,24 +222,33 @@ class GradientEngine:
             return {}
         return self._fallback.rows(names, run.batch, run.labels, run.shape[0])
 
-    def _row_matrix(
+    def _collect(
         self,
         run: _Pass,
         located: list[Located],
         fallback: dict[str, Tensor],
         groups: list[Group] | None = None,
-    ) -> RowMatrix:
-        """Return the rows of the groups that are captured or given by ``fallback``."""
-        out: list[tuple[Columns, Rows]] = []
+    ) -> BatchGradients:
+        """Return the gradients of the groups that are captured or given by ``fallback``."""
+        out: list[GroupGradients] = []
         for group in groups or self._groups or []:
             columns = Columns(tuple(self._space.slices[name] for name in group.names))
+            calls: list[Located] = []
+            rows: Tensor | None = None
             if fallback.keys() >= set(group.names):
-                parts = [fallback[name].flatten(2).to(self._like) for name in group.names]
-                out.append((columns, DenseRows(torch.cat(parts, 2))))
+                rows = torch.cat([fallback[name].flatten(2) for name in group.names], 2)
             elif self._fallback_names.isdisjoint(group.names):
-                rows = captured_rows(group, located, self._space, run.shape, self._like)
-                out.append((columns, rows))
-        return RowMatrix(out, self._space.size, run.weights)
+                calls = [item for item in located if set(item.use.names) & set(group.names)]
+            else:
+                continue
+            out.append(GroupGradients(group, columns, run.shape, self._like, calls, rows))
+        return BatchGradients(out, self._space.size, run.scalars.detach(), run.weights, run.mask)
+
+
+def _padding_mask(batch: Any) -> Tensor | None:
+    """Return the attention mask of a mapping batch, True where a position is not padding."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:

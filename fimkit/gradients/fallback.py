@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.tree import map_tensors, tensors
 
@@ -30,10 +31,13 @@ class FallbackGradients:
     ----------
     model : Module
     objective : Objective
+    autocast : AmbientAutocast
+        The autocasting under which the model is run.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, autocast: AmbientAutocast) -> None:
         self._program = _Program(model, objective)
+        self._autocast = autocast
         self.vectorized = True
         #: Dimension of the batch's tensors that holds the examples, where it fits.
         self.batch_dim = 0
@@ -50,15 +54,16 @@ class FallbackGradients:
         prefix = "model."
         parameters = dict(self._program.named_parameters(remove_duplicate=False))
         selected = {prefix + name: parameters[prefix + name].detach() for name in names}
-        if self.vectorized:
-            try:
-                rows = self._vectorized(selected, batch, labels, n)
-            except IFVPUsageError:
-                raise
-            except Exception:  # vmap refuses with many types of error; the other way is as exact
-                self.vectorized = False
-        if not self.vectorized:
-            rows = self._one_by_one([parameters[name] for name in selected], batch, labels, n)
+        with self._autocast.restored():
+            if self.vectorized:
+                try:
+                    rows = self._vectorized(selected, batch, labels, n)
+                except IFVPUsageError:
+                    raise
+                except Exception:  # vmap refuses with many types of error; the other way is exact
+                    self.vectorized = False
+            if not self.vectorized:
+                rows = self._one_by_one([parameters[name] for name in selected], batch, labels, n)
         return dict(zip(names, rows, strict=True))
 
     def _vectorized(

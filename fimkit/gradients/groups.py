@@ -1,8 +1,8 @@
-"""From captured calls to the rows of each group of parameters."""
+"""The gradients of a batch by groups of parameters: as calls with signals, factors, or rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +10,19 @@ from torch import Tensor
 
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.rules import EmbeddingUse, Examples, MatrixUse, Use
-from fimkit.operators import DenseRows, FactoredRows, LookupRows, MatrixLayout, Rows, join_rows
+from fimkit.operators import (
+    Columns,
+    DenseRows,
+    FactoredRows,
+    LookupRows,
+    MatrixLayout,
+    RowMatrix,
+    Rows,
+    join_rows,
+)
 from fimkit.operators.memory import chunks
-from fimkit.vectors import ParameterSpace
 
-__all__ = ["Group", "Located", "captured_rows", "pair_parameters"]
+__all__ = ["BatchGradients", "Group", "GroupGradients", "Located", "pair_parameters"]
 
 
 @dataclass(frozen=True)
@@ -78,63 +86,184 @@ def pair_parameters(
     return [Group(name, bias_of.get(name)) for name in names if name not in biases]
 
 
-def captured_rows(
-    group: Group,
-    located: Sequence[Located],
-    space: ParameterSpace,
-    shape: tuple[int, int],
-    like: Tensor,
-) -> Rows:
-    """Return the rows of one group from the calls on it, in the smaller of their forms.
+class GroupGradients:
+    """The gradients of one group in one batch: calls on it with their signals, or rows.
 
     Parameters
     ----------
     group : Group
-    located : sequence of Located
-        All calls captured in the pass.
-    space : ParameterSpace
+    columns : Columns
+        Where the group's parameters lie in the flat vector.
     shape : (int, int)
-        Examples and rows per example.
+        Examples n and rows per example c.
     like : Tensor
-        Dtype and device of the rows.
+        Dtype and device of what is computed.
+    calls : sequence of Located
+        The calls on the group; none if no call met it.
+    rows : Tensor of shape (n, c, width), optional
+        The rows themselves, where they do not come from calls.
+
+    Attributes
+    ----------
+    layout : MatrixLayout or None
+        How all calls act on the group as one linear map; None if they do not.
     """
-    mine = [item for item in located if set(item.use.names) & set(group.names)]
-    if not mine:
-        return _zero_rows(group, space, shape, like)
-    n, _ = shape
-    if all(isinstance(item.use, EmbeddingUse) for item in mine):
-        return _lookups(mine, n, like).compact()
-    layout = _common_layout(group, mine)
-    if layout is None:
-        return DenseRows(_dense(group.names, mine, n, like))
-    sample = _factored(group, mine, layout, n, slice(0, min(n, 1)), like)
-    per_example = sample.inputs.numel() + sample.signals.numel()
-    parts = [
-        _factored(group, mine, layout, n, part, like).compact()
-        for part in chunks(n, per_example * like.element_size())
-    ]
-    return join_rows(parts)
+
+    def __init__(
+        self,
+        group: Group,
+        columns: Columns,
+        shape: tuple[int, int],
+        like: Tensor,
+        calls: Sequence[Located],
+        rows: Tensor | None = None,
+    ) -> None:
+        self.group = group
+        self.columns = columns
+        self.n, self.c = shape
+        self.calls = list(calls)
+        self._like = like
+        self.given = rows
+        self.layout = _common_layout(group, self.calls) if rows is None else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping these gradients takes."""
+        if self.given is not None:
+            return self.given.nbytes
+        return sum(call.use.nbytes + call.signals.nbytes for call in self.calls)
+
+    def rows(self) -> Rows:
+        """Return the rows, in the smaller of their forms."""
+        if self.given is not None:
+            return DenseRows(self.given.to(self._like))
+        if not self.calls:
+            return self._zero_rows()
+        lookups = self.lookups()
+        if lookups is not None:
+            return lookups.compact()
+        if self.layout is None:
+            return DenseRows(self._dense())
+        return join_rows([self.factors(part).compact() for part in self.parts()])
+
+    def parts(self, calls: Sequence[Located] | None = None) -> Iterator[slice]:
+        """Cut the examples into parts whose factors fit the memory budget."""
+        sample = self.factors(slice(0, 1), calls)
+        per_example = sample.inputs.numel() + sample.signals.numel()
+        return chunks(self.n, per_example * self._like.element_size())
+
+    def factors(self, part: slice, calls: Sequence[Located] | None = None) -> FactoredRows:
+        """Return the inputs and signals of some examples, the positions of all calls joined.
+
+        Parameters
+        ----------
+        part : slice
+            Which examples.
+        calls : sequence of Located, optional
+            Some of `calls`; all when not given.
+        """
+        assert self.layout is not None
+        inputs, signals = [], []
+        for call in self.calls if calls is None else calls:
+            assert isinstance(call.use, MatrixUse)
+            assert call.use.weight is not None
+            examples = Examples(call.layout, self.n, part)
+            a = call.use.inputs(examples).to(self._like)
+            if self.group.bias is not None:
+                meets_bias = call.use.bias is not None and call.use.bias.name == self.group.bias
+                a = torch.nn.functional.pad(a, (0, 1), value=float(meets_bias))
+            inputs.append(a)
+            s = call.use.signals(call.signals, examples).to(self._like)
+            signals.append(s if call.use.weight.whole else call.use.weight.pad(s, -1))
+        if len(inputs) == 1:
+            return FactoredRows(inputs[0], signals[0], self.layout)
+        return FactoredRows(torch.cat(inputs, 1), torch.cat(signals, 2), self.layout)
+
+    def lookups(self) -> LookupRows | None:
+        """Return the positions of all lookups of a table, or None if not all calls are lookups."""
+        parts = []
+        for call in self.calls:
+            if not isinstance(call.use, EmbeddingUse):
+                return None
+            whole = Examples(call.layout, self.n, slice(0, self.n))
+            parts.append(call.use.lookup_rows(call.signals, whole))
+        if not parts:
+            return None
+        return LookupRows(
+            torch.cat([part.indices for part in parts], 1).to(self._like.device),
+            torch.cat([part.signals for part in parts], 2).to(self._like),
+            parts[0].vocabulary,
+        )
+
+    def _dense(self) -> Tensor:
+        """Return the sums of all calls' rows for each parameter, side by side."""
+        columns = []
+        for name in self.group.names:
+            rows = [
+                call.use.rows(
+                    name, call.signals, Examples(call.layout, self.n, slice(0, self.n))
+                ).to(self._like)
+                for call in self.calls
+                if name in call.use.names
+            ]
+            columns.append(torch.stack(rows).sum(0) if len(rows) > 1 else rows[0])
+        return torch.cat([rows.flatten(2) for rows in columns], 2)
+
+    def _zero_rows(self) -> Rows:
+        return DenseRows(self._like.new_zeros(()).expand(self.n, self.c, self.columns.size))
 
 
-def _lookups(mine: Sequence[Located], n: int, like: Tensor) -> LookupRows:
-    """Join the positions of all lookups of a table."""
-    parts = []
-    for item in mine:
-        assert isinstance(item.use, EmbeddingUse)
-        whole = Examples(item.layout, n, slice(0, n))
-        parts.append(item.use.lookup_rows(item.signals, whole))
-    return LookupRows(
-        torch.cat([part.indices for part in parts], 1).to(like.device),
-        torch.cat([part.signals for part in parts], 2).to(like),
-        parts[0].vocabulary,
-    )
+@dataclass(frozen=True)
+class BatchGradients:
+    """The gradients of a batch, group by group.
+
+    Attributes
+    ----------
+    groups : list of GroupGradients
+    size : int
+        Number of parameters p.
+    scalars : Tensor of shape (n, c)
+        The scalars differentiated, detached.
+    weights : Tensor of shape (n, c), or None
+        Weight of each row in the Fisher; None where all are one.
+    mask : Tensor of shape (n, T), or None
+        Positions that are not padding, where the batch or the loss tells.
+    """
+
+    groups: list[GroupGradients]
+    size: int
+    scalars: Tensor
+    weights: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.scalars.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping these gradients takes."""
+        return sum(group.nbytes for group in self.groups)
+
+    def rows(self) -> RowMatrix:
+        """Return the rows over all parameters."""
+        groups = [(group.columns, group.rows()) for group in self.groups]
+        return RowMatrix(groups, self.size, self.weights)
+
+    def is_finite(self) -> Tensor:
+        """Whether losses and gradients are finite, as a tensor, so that nothing waits for it."""
+        checked = [call.signals for group in self.groups for call in group.calls]
+        checked += [group.given for group in self.groups if group.given is not None]
+        flags = [tensor.isfinite().all() for tensor in (self.scalars, *checked)]
+        return torch.stack([flag.to(self.scalars.device) for flag in flags]).all()
 
 
-def _common_layout(group: Group, mine: Sequence[Located]) -> MatrixLayout | None:
+def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:
     """Return the layout by which all calls act on the group's weight as one matrix, if any."""
     layouts = set()
-    for item in mine:
-        use = item.use
+    for call in calls:
+        use = call.use
         if not isinstance(use, MatrixUse) or use.weight is None or use.weight.name != group.weight:
             return None
         layout = use.layout
@@ -151,62 +280,3 @@ def _common_layout(group: Group, mine: Sequence[Located]) -> MatrixLayout | None
                 return None
         layouts.add(replace(layout, bias=group.bias is not None))
     return layouts.pop() if len(layouts) == 1 else None
-
-
-def _factored(
-    group: Group,
-    mine: Sequence[Located],
-    layout: MatrixLayout,
-    n: int,
-    part: slice,
-    like: Tensor,
-) -> FactoredRows:
-    """Join the positions of all calls on a group for some examples."""
-    inputs, signals = [], []
-    for item in mine:
-        assert isinstance(item.use, MatrixUse)
-        assert item.use.weight is not None
-        examples = Examples(item.layout, n, part)
-        a = item.use.inputs(examples).to(like)
-        if group.bias is not None:
-            meets_bias = item.use.bias is not None and item.use.bias.name == group.bias
-            a = torch.nn.functional.pad(a, (0, 1), value=float(meets_bias))
-        inputs.append(a)
-        s = item.use.signals(item.signals, examples).to(like)
-        signals.append(s if item.use.weight.whole else item.use.weight.pad(s, -1))
-    if len(mine) == 1:
-        return FactoredRows(inputs[0], signals[0], layout)
-    return FactoredRows(torch.cat(inputs, 1), torch.cat(signals, 2), layout)
-
-
-def _dense(
-    names: Iterable[str],
-    mine: Sequence[Located],
-    n: int,
-    like: Tensor,
-) -> Tensor:
-    """Return the sums of all calls' rows for each parameter, side by side: ``(n, c, width)``."""
-    columns = []
-    for name in names:
-        rows = [
-            item.use.rows(name, item.signals, Examples(item.layout, n, slice(0, n))).to(like)
-            for item in mine
-            if name in item.use.names
-        ]
-        columns.append(torch.stack(rows).sum(0) if len(rows) > 1 else rows[0])
-    return torch.cat([rows.flatten(2) for rows in columns], 2)
-
-
-def _zero_rows(group: Group, space: ParameterSpace, shape: tuple[int, int], like: Tensor) -> Rows:
-    """Return rows of a group that no call met, factored where that is smaller."""
-    n, c = shape
-    weight = space.shapes[group.weight]
-    if len(weight) == 2:
-        layout = MatrixLayout(1, weight[0], weight[1], group.bias is not None)
-        return FactoredRows(
-            like.new_zeros((n, 1, 1, layout.columns)),
-            like.new_zeros((n, c, 1, 1, layout.out)),
-            layout,
-        ).compact()
-    size = sum(space.slices[name].stop - space.slices[name].start for name in group.names)
-    return DenseRows(like.new_zeros((n, c, size)))

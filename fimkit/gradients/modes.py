@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["evaluating", "unwrap"]
+__all__ = ["AmbientAutocast", "evaluating", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -24,9 +24,38 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+class AmbientAutocast:
+    """The autocasting in force where this was made, for running the model only.
+
+    Statistics and linear algebra are computed in the precision they ask for, outside it.
+    """
+
+    def __init__(self) -> None:
+        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        self._enabled = [
+            (kind, torch.get_autocast_dtype(kind))
+            for kind in kinds
+            if torch.is_autocast_enabled(kind)
+        ]
+
+    def restored(self) -> ExitStack:
+        """Return a context with the autocasting that was in force."""
+        stack = ExitStack()
+        for kind, dtype in self._enabled:
+            stack.enter_context(torch.autocast(kind, dtype))
+        return stack
+
+    def disabled(self) -> ExitStack:
+        """Return a context without it."""
+        stack = ExitStack()
+        for kind, _ in self._enabled:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with the model in evaluation mode, eagerly and with gradients on.
+    """Run with the model in evaluation mode, eagerly, with gradients on and autocasting off.
 
     Every module's own training flag and torch's random state are as before afterwards, also
     when the body raises; an ambient ``no_grad`` or ``inference_mode`` has no effect inside.
@@ -36,6 +65,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(AmbientAutocast().disabled())
         stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
         if "torch._dynamo" in sys.modules:  # else nothing was compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))

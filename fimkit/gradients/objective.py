@@ -47,8 +47,13 @@ class Objective:
                 return [self.loss.mode(outputs, targets)]
         return [targets]
 
-    def scalars(self, outputs: Any, labels: list[Any]) -> tuple[Tensor, Tensor | None]:
-        """Return ``(B, c)`` scalars and their weights, None where all are one."""
+    def scalars(
+        self, outputs: Any, labels: list[Any]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return ``(B, c)`` scalars, their weights, and the loss's mask; None where there is none.
+
+        Weights are None where all are one. A mask is ``(B, T)``, True where a position counts.
+        """
         if self.fisher == "exact":
             rows, weights = self.loss.exact(outputs, labels[0])
             if rows.shape[1] > _MAX_ROWS:
@@ -57,29 +62,40 @@ class Objective:
                     f"example here (one per output, or per token and class), above the limit of "
                     f"{_MAX_ROWS}; use fisher='mc', whose mean it is."
                 )
-            return rows, weights.detach()
-        losses = [self._losses(outputs, targets) for targets in labels]
+            return rows, weights.detach(), None
+        results = [self._losses(outputs, targets) for targets in labels]
+        losses = [values for values, _ in results]
+        mask = results[0][1]
         if len(losses) == 1:
-            return losses[0][:, None], None
+            return losses[0][:, None], None, mask
         scalars = torch.stack(losses, 1)
-        return scalars, torch.full_like(scalars, 1 / len(losses), requires_grad=False)
+        return scalars, torch.full_like(scalars, 1 / len(losses), requires_grad=False), mask
 
     def of(self, model: nn.Module, batch: Any, labels: list[Any]) -> Tensor:
         """Run the model and return the ``(B, c)`` scalars at given labels."""
         return self.scalars(self.loss.outputs(model, batch), labels)[0]
 
-    def _losses(self, outputs: Any, targets: Any) -> Tensor:
+    def _losses(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
         losses = self.loss.losses(outputs, targets)
-        if isinstance(losses, tuple):
-            losses = losses[0]
+        mask = None
+        if isinstance(losses, tuple) and len(losses) == 2:
+            losses, mask = losses
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                raise IFVPUsageError(
+                    f"{self.loss.name} returned a mask {_shown(mask)}; expected shape (B, T), 1 "
+                    "where a position counts and 0 where it is padding."
+                )
+            mask = mask.bool()
         if not isinstance(losses, Tensor) or losses.ndim != 1:
-            found = (
-                f"a tensor of shape {tuple(losses.shape)}"
-                if isinstance(losses, Tensor)
-                else type(losses).__name__
-            )
             raise IFVPUsageError(
-                f"{self.loss.name} returned {found}; expected one loss per example, shape (B,), "
-                "so give its reduction as 'none' and sum over everything but the examples."
+                f"{self.loss.name} returned {_shown(losses)}; expected one loss per example, "
+                "shape (B,), so give its reduction as 'none' and sum over all but the examples."
             )
-        return losses
+        return losses, mask
+
+
+def _shown(value: Any) -> str:
+    """Return how a message tells what a value is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -37,10 +37,6 @@ class LookupRows(Rows):
         self.width = vocabulary * self.features
         self.dtype, self.device = signals.dtype, signals.device
 
-    def is_finite(self) -> Tensor:
-        """Whether every stored number is finite, as a tensor of no dimension."""
-        return self.signals.isfinite().all()
-
     def magnitudes(self) -> LookupRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return LookupRows(self.indices, self.signals.abs(), self.vocabulary)

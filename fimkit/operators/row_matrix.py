@@ -129,10 +129,6 @@ class RowMatrix:
                 for part, values in columns.pieces(rows.combine(coefficients[some])):
                     yield some, part, values
 
-    def is_finite(self) -> Tensor:
-        """Whether every stored number is finite, as a tensor, so that nothing waits for it."""
-        return torch.stack([rows.is_finite() for _, rows in self.groups]).all()
-
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """Squared Euclidean norm of every row, shape ``(n * c,)``."""
         norms = [rows.squared_norms(dtype) for _, rows in self.groups]

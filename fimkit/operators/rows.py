@@ -48,10 +48,6 @@ class Rows(ABC):
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
 
     @abstractmethod
-    def is_finite(self) -> Tensor:
-        """Whether every stored number is finite, as a tensor of no dimension."""
-
-    @abstractmethod
     def magnitudes(self) -> Rows:
         """Return rows that bound the sizes of what was added up in each entry."""
 
@@ -145,10 +141,6 @@ class DenseRows(Rows):
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
         return self.rows[part].to(dtype)
 
-    def is_finite(self) -> Tensor:
-        """Whether every stored number is finite, as a tensor of no dimension."""
-        return self.rows.isfinite().all()
-
     def magnitudes(self) -> DenseRows:
         """Return rows that bound the sizes of what was added up in each entry."""
         return DenseRows(self.rows.abs())
@@ -185,10 +177,6 @@ class FactoredRows(Rows):
         self.n, self.c, self.positions = signals.shape[:3]
         self.width = layout.size
         self.dtype, self.device = signals.dtype, signals.device
-
-    def is_finite(self) -> Tensor:
-        """Whether every stored number is finite, as a tensor of no dimension."""
-        return self.inputs.isfinite().all() & self.signals.isfinite().all()
 
     def magnitudes(self) -> FactoredRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""

@@ -132,6 +132,11 @@ class Use(ABC):
         """
 
     @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the use keeps."""
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What has to stay the same for a layout found once to hold again."""
         return type(self).__name__, self.names, len(self.lead)

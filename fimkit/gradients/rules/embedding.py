@@ -46,6 +46,11 @@ class EmbeddingUse(Use):
             padding_idx %= weight.shape[0]
         return cls(input, slot, weight.shape, padding_idx)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the use keeps."""
+        return self._indices.nbytes
+
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])

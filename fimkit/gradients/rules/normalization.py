@@ -18,8 +18,7 @@ __all__ = ["BatchNormUse", "GroupNormUse", "LayerNormUse", "RMSNormUse"]
 class _NormUse(Use):
     """``y = w ⊙ x̂ + b``: the gradient of w sums ``s ⊙ x̂`` over positions, that of b sums s."""
 
-    #: Dimensions of the output before those that w and b run along.
-    channel_dim: int
+    x: Tensor
 
     def __init__(self, slots: tuple[Slot | None, Slot | None]) -> None:
         self._weight, self._bias = slots
@@ -32,6 +31,11 @@ class _NormUse(Use):
     @abstractmethod
     def sum_positions(self, values: Tensor) -> Tensor:
         """Sum ``(m, c, T, *features)`` values to ``(m, c, *parameter shape)``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the use keeps."""
+        return self.x.nbytes
 
     def rows(self, name: str, signals: Tensor, examples: Examples) -> Tensor:
         """Return per-example gradients of one parameter, shape ``(m, c, *shape)``."""
