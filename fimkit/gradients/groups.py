@@ -18,6 +18,7 @@ from fimkit.operators import (
     MatrixLayout,
     RowMatrix,
     Rows,
+    ZeroRows,
     join_rows,
 )
 from fimkit.operators.memory import chunks
@@ -138,7 +139,7 @@ class GroupGradients:
         if self.given is not None:
             return DenseRows(self.given.to(self._like))
         if not self.calls:
-            return self._zero_rows()
+            return ZeroRows((self.n, self.c, self.columns.size), self._like)
         lookups = self.lookups()
         if lookups is not None:
             return lookups.compact()
@@ -208,9 +209,6 @@ class GroupGradients:
             ]
             columns.append(torch.stack(rows).sum(0) if len(rows) > 1 else rows[0])
         return torch.cat([rows.flatten(2) for rows in columns], 2)
-
-    def _zero_rows(self) -> Rows:
-        return DenseRows(self._like.new_zeros(()).expand(self.n, self.c, self.columns.size))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from fimkit.operators.gram import GramOperator
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.lookup import LookupRows
 from fimkit.operators.row_matrix import Columns, RowMatrix
-from fimkit.operators.rows import DenseRows, FactoredRows, Rows, join_rows
+from fimkit.operators.rows import DenseRows, FactoredRows, Rows, ZeroRows, join_rows
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -21,5 +21,6 @@ __all__ = [
     "Operator",
     "RowMatrix",
     "Rows",
+    "ZeroRows",
     "join_rows",
 ]

@@ -41,6 +41,11 @@ class LookupRows(Rows):
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return LookupRows(self.indices, self.signals.abs(), self.vocabulary)
 
+    def zeros(self, n: int) -> LookupRows:
+        """Return zero rows of n examples in the same form."""
+        signals = self.signals.new_zeros((n, self.c, 1, self.features))
+        return LookupRows(self.indices.new_zeros((n, 1)), signals, self.vocabulary)
+
     def compact(self) -> Rows:
         """Return these rows in the smaller of the two forms."""
         return self if self.positions < self.vocabulary else self.densify()

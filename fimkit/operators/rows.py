@@ -25,7 +25,7 @@ from torch import Tensor
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.memory import chunks
 
-__all__ = ["DenseRows", "FactoredRows", "Rows", "join_rows", "pad_to"]
+__all__ = ["DenseRows", "FactoredRows", "Rows", "ZeroRows", "join_rows", "pad_to"]
 
 # Tiles of the Gram matrix are no wider than this, so that its symmetry halves the work.
 _TILE = 512
@@ -50,6 +50,10 @@ class Rows(ABC):
     @abstractmethod
     def magnitudes(self) -> Rows:
         """Return rows that bound the sizes of what was added up in each entry."""
+
+    @abstractmethod
+    def zeros(self, n: int) -> Rows:
+        """Return zero rows of n examples in the same form."""
 
     @classmethod
     @abstractmethod
@@ -124,6 +128,60 @@ class Rows(ABC):
         out.addmm_(left[0], right[0].T)
 
 
+class ZeroRows(Rows):
+    """Rows of a group that no example met; nothing is stored.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+        n, c and width.
+    like : Tensor
+        Dtype and device.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], like: Tensor) -> None:
+        self.n, self.c, self.width = shape
+        self.dtype, self.device = like.dtype, like.device
+
+    def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
+        m = part.stop - part.start
+        return torch.zeros((), dtype=dtype, device=self.device).expand(m, self.c, self.width)
+
+    def magnitudes(self) -> ZeroRows:
+        """Return rows that bound the sizes of what was added up in each entry."""
+        return self
+
+    def zeros(self, n: int) -> ZeroRows:
+        """Return zero rows of n examples in the same form."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return ZeroRows((n, self.c, self.width), like)
+
+    @classmethod
+    def cat(cls, parts: Sequence[ZeroRows]) -> ZeroRows:
+        """Join the examples of all parts."""
+        return parts[0].zeros(sum(part.n for part in parts))
+
+    def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""
+        return vectors.new_zeros((vectors.shape[0], self.n, self.c), dtype=dtype)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Add up the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
+        return coefficients.new_zeros((coefficients.shape[0], self.width))
+
+    def squared_norms(self, dtype: torch.dtype) -> Tensor:
+        """Squared Euclidean norm of every row, shape ``(n, c)``."""
+        return torch.zeros((self.n, self.c), dtype=dtype, device=self.device)
+
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
+        return weights.new_zeros(self.width)
+
+    def add_gram(self, gram: Tensor) -> None:
+        """Add nothing."""
+
+
 class DenseRows(Rows):
     """Rows that are stored as they are.
 
@@ -144,6 +202,10 @@ class DenseRows(Rows):
     def magnitudes(self) -> DenseRows:
         """Return rows that bound the sizes of what was added up in each entry."""
         return DenseRows(self.rows.abs())
+
+    def zeros(self, n: int) -> DenseRows:
+        """Return zero rows of n examples in the same form."""
+        return DenseRows(self.rows.new_zeros((n, self.c, self.width)))
 
     def densify(self) -> DenseRows:
         """Return these rows."""
@@ -181,6 +243,15 @@ class FactoredRows(Rows):
     def magnitudes(self) -> FactoredRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return FactoredRows(self.inputs.abs(), self.signals.abs(), self.layout)
+
+    def zeros(self, n: int) -> FactoredRows:
+        """Return zero rows of n examples in the same form."""
+        groups, out, columns = self.layout.groups, self.layout.out, self.layout.columns
+        return FactoredRows(
+            self.inputs.new_zeros((n, 1, groups, columns)),
+            self.signals.new_zeros((n, self.c, 1, groups, out)),
+            self.layout,
+        )
 
     def compact(self) -> Rows:
         """Return these rows in the smaller of the two forms."""
@@ -337,6 +408,9 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
     """Join the examples of all parts, in their common form if there is one, else dense."""
     if len(parts) == 1:
         return parts[0]
+    stored = [part for part in parts if not isinstance(part, ZeroRows)]
+    if stored:
+        parts = [stored[0].zeros(p.n) if isinstance(p, ZeroRows) else p for p in parts]
     forms = {(type(part), getattr(part, "layout", None)) for part in parts}
     if len(forms) == 1:
         return type(parts[0]).cat(parts)
