@@ -2,10 +2,13 @@
 
 from fimkit import influence, losses
 from fimkit.data import ModelData
-from fimkit.estimators import Explicit
+from fimkit.estimators import EKFAC, KFAC, Diagonal, Explicit
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
+    "Diagonal",
     "Explicit",
     "IFVPUsageError",
     "ModelData",

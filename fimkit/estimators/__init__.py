@@ -1,5 +1,6 @@
 """What a user holds: one estimator per method."""
 
+from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
 
-__all__ = ["Explicit"]
+__all__ = ["EKFAC", "KFAC", "Diagonal", "Explicit"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -13,32 +12,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils import check_random_state, metadata_routing
+from sklearn.utils import metadata_routing
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from fimkit.data import ModelData, check_batches, indexed_batches
-from fimkit.estimators.blocks import select_parameters
+from fimkit.data import ModelData
+from fimkit.estimators.run import Run
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.gradients import (
-    AmbientAutocast,
-    BatchGradients,
     FisherKind,
-    GradientEngine,
     Objective,
     evaluating,
-    unwrap,
 )
-from fimkit.gradients.sampling import ExampleUniforms
-from fimkit.gradients.tree import to_device
-from fimkit.losses import LOSSES, resolve_loss
+from fimkit.losses import LOSSES
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
 from fimkit.operators.memory import chunks
-from fimkit.vectors import ParameterSpace
 
-__all__ = ["FisherEstimator", "Run", "compose"]
+__all__ = ["FisherEstimator", "components", "compose"]
 
 # "auto" regularization is this fraction of the mean of the Fisher's diagonal.
 _AUTO = 0.1
@@ -68,6 +59,29 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
+
+    def __init__(
+        self,
+        regularization: Any = "auto",
+        *,
+        loss: Any = "cross_entropy",
+        fisher: str = "empirical",
+        n_mc_samples: int = 1,
+        parameters: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.regularization = regularization
+        self.loss = loss
+        self.fisher = fisher
+        self.n_mc_samples = n_mc_samples
+        self.parameters = parameters
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
 
     def fit(self, model: Any, dataloader: Any = None) -> Any:
         """Build the Fisher information matrix of a model on data.
@@ -104,7 +118,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             parameter_shapes_=dict(run.space.shapes),
             device_=run.device,
             dtype_=run.dtype,
-            coverage_=run.coverage,
+            coverage_=fitted.pop("coverage_", run.engine.coverage),
             _space=run.space,
             _run_settings=(run.objective, run.seed),
         )
@@ -402,153 +416,11 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
                 yield gradients.rows()
 
 
-class Run:
-    """One pass's model, data and settings, checked against each other.
-
-    Attributes
-    ----------
-    n : int
-        Examples seen so far.
-    """
-
-    def __init__(
-        self,
-        estimator: FisherEstimator,
-        model: Any,
-        dataloader: Any,
-        *,
-        objective: Objective | None = None,
-        seed: int | None = None,
-        space: ParameterSpace | None = None,
-    ) -> None:
-        if isinstance(model, ModelData):
-            model, data = model.model, model
-        else:
-            _check_model(model, dataloader)
-            data = check_batches(dataloader)
-        self.data = data
-        self.model = unwrap(model)
-        _refuse_batch_statistics(self.model)
-        self.space = select_parameters(self.model, estimator.parameters)
-        if space is not None and space.shapes != self.space.shapes:
-            raise IFVPUsageError(
-                "the ModelData's model has other trainable parameters than the one fitted: "
-                f"{_difference(space.shapes, self.space.shapes)}."
-            )
-        self.objective = objective or Objective(
-            resolve_loss(estimator.loss), estimator.fisher, estimator.n_mc_samples
-        )
-        self.seed = _seed(estimator.random_state) if seed is None else seed
-        self.verbose = int(estimator.verbose)
-        parameters = dict(self.model.named_parameters())
-        first = parameters[next(iter(self.space.shapes))]
-        self.model_device = next(iter(parameters.values())).device
-        self.device = first.device if estimator.device is None else torch.device(estimator.device)
-        self.dtype = estimator.dtype or torch.promote_types(first.dtype, torch.float32)
-        self.blocks: dict[str, int] | None = None
-        self.n = 0
-        self.coverage: dict[str, str] = {}
-        self._autocast = AmbientAutocast()
-
-    def gradients(self) -> Iterator[BatchGradients]:
-        """Yield the per-example gradients of every batch.
-
-        Raises
-        ------
-        IFVPUsageError
-            If there is no batch, or a batch gives numbers that are not finite.
-        """
-        engine = GradientEngine(
-            self.model,
-            self.objective,
-            self.space,
-            self.dtype,
-            self.device,
-            self.blocks,
-            self._autocast,
-        )
-        self.coverage = engine.coverage
-        sampled = self.objective.fisher == "mc"
-        batches = indexed_batches(self.data, indexed=sampled)
-        total = len(self.data.batches()) if isinstance(self.data, ModelData) else None
-        finite: list[Tensor] = []
-        progress = tqdm(batches, "batches", total, disable=not self.verbose, leave=False)
-        for i, (indices, batch) in enumerate(progress):
-            uniforms = ExampleUniforms(self.seed, self.n if indices is None else indices)
-            try:
-                gradients = engine.gradients(to_device(batch, self.model_device), uniforms)
-            except IFVPUsageError as error:
-                raise type(error)(f"batch {i}: {error}") from error
-            if not gradients.n:
-                raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
-            self.n += gradients.n
-            finite.append(gradients.is_finite())
-            if finite[-1].device.type == "cpu":
-                _refuse_infinite(finite)  # elsewhere waiting for the answer would cost time
-            yield gradients
-        if not finite:
-            raise IFVPUsageError(
-                "the data has no batches; give at least one example (an iterator that was "
-                "iterated over before is empty: give a list or a DataLoader)."
-            )
-        _refuse_infinite(finite)
-
-
-def _refuse_infinite(finite: list[Tensor]) -> None:
-    bad = [i for i, value in enumerate(torch.stack(finite).tolist()) if not value]
-    if bad:
-        raise IFVPUsageError(
-            f"batch {bad[0]} gives NaN or infinite losses or gradients"
-            + (f" (and {len(bad) - 1} more batches)" if len(bad) > 1 else "")
-            + "; look for NaN inputs, log(0) in the loss, or a diverged model."
-        )
-
-
-def _check_model(model: Any, dataloader: Any) -> None:
-    if not isinstance(model, nn.Module):
-        swapped = " (the arguments look swapped)" if isinstance(dataloader, nn.Module) else ""
-        raise IFVPUsageError(
-            f"model must be a torch.nn.Module or a ModelData; got {type(model).__name__}{swapped}. "
-            "Call fit(model, dataloader) or fit(ModelData(model, dataset))."
-        )
-    if dataloader is None:
-        raise IFVPUsageError(
-            "fit(model) has no data; call fit(model, dataloader) or fit(ModelData(model, dataset))."
-        )
-
-
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if batch_norm and getattr(module, "running_mean", None) is None:
-            raise IFVPUsageError(
-                f"layer {name!r} ({type(module).__name__}) has no running statistics, so the loss "
-                "of an example depends on the others in its batch; train it with "
-                "track_running_stats=True, or replace it by GroupNorm."
-            )
-
-
-def _seed(random_state: Any) -> int:
-    """Return a seed by scikit-learn's rules; None draws fresh entropy, no global state."""
-    if random_state is None:
-        return secrets.randbits(63)
-    if isinstance(random_state, Integral):
-        return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
-
-
 def _checked(value: Any, what: str) -> float:
     number = float(value)
     if not math.isfinite(number) or number < 0:
         raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
     return number
-
-
-def _difference(fitted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    for name in {**fitted, **given}:
-        if fitted.get(name) != given.get(name):
-            return f"{name!r} was {fitted.get(name, 'absent')}, now {given.get(name, 'absent')}"
-    return "their order differs"
 
 
 def _numpy64(values: Tensor) -> npt.NDArray[np.float64]:
@@ -557,6 +429,14 @@ def _numpy64(values: Tensor) -> npt.NDArray[np.float64]:
 
 def compose(blocks: Mapping[str, tuple[Columns, Operator]]) -> Operator:
     """Return one operator for all blocks: the only one itself, or their block diagonal."""
-    if len(blocks) == 1:
-        return next(iter(blocks.values()))[1]
+    columns, operator = next(iter(blocks.values()))
+    if len(blocks) == 1 and columns.contiguous:
+        return operator
     return BlockDiagonalOperator(dict(blocks))
+
+
+def components(operator: Operator) -> list[Operator]:
+    """Return the operators of all blocks that `compose` made one."""
+    if isinstance(operator, BlockDiagonalOperator):
+        return [component for _, component in operator.blocks.values()]
+    return [operator]

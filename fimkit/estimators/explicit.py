@@ -7,8 +7,9 @@ from typing import Any
 
 from sklearn.utils._param_validation import StrOptions
 
-from fimkit.estimators.base import FisherEstimator, Run, compose
+from fimkit.estimators.base import FisherEstimator, compose
 from fimkit.estimators.blocks import block_columns, block_names
+from fimkit.estimators.run import Run
 from fimkit.statistics import FisherAccumulator, Solver
 
 __all__ = ["Explicit"]
@@ -121,15 +122,17 @@ class Explicit(FisherEstimator):
         solver: Solver = "auto",
         blocks: Any = "all",
     ) -> None:
-        self.regularization = regularization
-        self.loss = loss
-        self.fisher = fisher
-        self.n_mc_samples = n_mc_samples
-        self.parameters = parameters
-        self.device = device
-        self.dtype = dtype
-        self.random_state = random_state
-        self.verbose = verbose
+        super().__init__(
+            regularization,
+            loss=loss,
+            fisher=fisher,
+            n_mc_samples=n_mc_samples,
+            parameters=parameters,
+            device=device,
+            dtype=dtype,
+            random_state=random_state,
+            verbose=verbose,
+        )
         self.solver = solver
         self.blocks = blocks
 
@@ -146,7 +149,7 @@ class Explicit(FisherEstimator):
             for block, accumulator in accumulators.items():
                 accumulator.update(rows.block(columns[block]))
         operators = {
-            block: (columns[block], accumulator.result())
+            block: (columns[block], accumulator.result(run.n))
             for block, accumulator in accumulators.items()
         }
         return {

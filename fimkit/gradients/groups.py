@@ -108,6 +108,8 @@ class GroupGradients:
     ----------
     layout : MatrixLayout or None
         How all calls act on the group as one linear map; None if they do not.
+    table : MatrixLayout or None
+        The table that calls look up, and perhaps multiply by; None if it is not looked up.
     """
 
     def __init__(
@@ -125,7 +127,23 @@ class GroupGradients:
         self.calls = list(calls)
         self._like = like
         self.given = rows
-        self.layout = _common_layout(group, self.calls) if rows is None else None
+        self.layout = _common_layout(group, self.calls)
+        self.table = _table_layout(group, self.calls)
+
+    @property
+    def key(self) -> str:
+        """The group's name: its weight's."""
+        return self.group.weight
+
+    @property
+    def empty(self) -> bool:
+        """Whether no example met the group."""
+        return not self.calls and self.given is None
+
+    @property
+    def kronecker(self) -> bool:
+        """Whether all calls act by one matrix, whose gradients are Kronecker-factored."""
+        return self.layout is not None or self.table is not None
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +162,7 @@ class GroupGradients:
         if lookups is not None:
             return lookups.compact()
         if self.layout is None:
-            return DenseRows(self._dense())
+            return DenseRows(self.dense(slice(0, self.n)))
         return join_rows([self.factors(part).compact() for part in self.parts()])
 
     def parts(self, calls: Sequence[Located] | None = None) -> Iterator[slice]:
@@ -196,14 +214,14 @@ class GroupGradients:
             parts[0].vocabulary,
         )
 
-    def _dense(self) -> Tensor:
-        """Return the sums of all calls' rows for each parameter, side by side."""
+    def dense(self, part: slice) -> Tensor:
+        """Return the rows of some examples from the calls, shape ``(m, c, width)``."""
         columns = []
         for name in self.group.names:
             rows = [
-                call.use.rows(
-                    name, call.signals, Examples(call.layout, self.n, slice(0, self.n))
-                ).to(self._like)
+                call.use.rows(name, call.signals, Examples(call.layout, self.n, part)).to(
+                    self._like
+                )
                 for call in self.calls
                 if name in call.use.names
             ]
@@ -244,6 +262,10 @@ class BatchGradients:
         """Bytes that keeping these gradients takes."""
         return sum(group.nbytes for group in self.groups)
 
+    def layers(self) -> BatchGradients:
+        """Return the gradients of the groups that are Kronecker layers."""
+        return replace(self, groups=[group for group in self.groups if group.kronecker])
+
     def rows(self) -> RowMatrix:
         """Return the rows over all parameters."""
         groups = [(group.columns, group.rows()) for group in self.groups]
@@ -259,7 +281,7 @@ class BatchGradients:
 
 def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:
     """Return the layout by which all calls act on the group's weight as one matrix, if any."""
-    layouts = set()
+    layouts: set[MatrixLayout] = set()
     for call in calls:
         use = call.use
         if not isinstance(use, MatrixUse) or use.weight is None or use.weight.name != group.weight:
@@ -278,3 +300,19 @@ def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | Non
                 return None
         layouts.add(replace(layout, bias=group.bias is not None))
     return layouts.pop() if len(layouts) == 1 else None
+
+
+def _table_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:
+    """Return the layout of a table that is looked up, and at most multiplied by besides."""
+    tables = [call.use.table for call in calls if isinstance(call.use, EmbeddingUse)]
+    if not tables or group.bias is not None:
+        return None
+    for call in calls:
+        use = call.use
+        if isinstance(use, EmbeddingUse):
+            continue
+        if not isinstance(use, MatrixUse) or use.layout != tables[0] or use.weight is None:
+            return None
+        if not use.weight.whole or use.weight.name != group.weight:
+            return None
+    return tables[0]

@@ -4,6 +4,7 @@ from fimkit.operators.base import Operator
 from fimkit.operators.block_diagonal import BlockDiagonalOperator
 from fimkit.operators.dense import DenseOperator
 from fimkit.operators.gram import GramOperator
+from fimkit.operators.kronecker import EigenKroneckerOperator
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.lookup import LookupRows
 from fimkit.operators.row_matrix import Columns, RowMatrix
@@ -14,6 +15,7 @@ __all__ = [
     "Columns",
     "DenseOperator",
     "DenseRows",
+    "EigenKroneckerOperator",
     "FactoredRows",
     "GramOperator",
     "LookupRows",

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
-from fimkit.operators.spectrum import EigenSpectrum, Spectrum, eigh
+from fimkit.operators.eigh import eigh
+from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
 __all__ = ["DenseOperator"]
 

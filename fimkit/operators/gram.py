@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
+from fimkit.operators.eigh import eigh
 from fimkit.operators.memory import accumulation_dtype, chunks
 from fimkit.operators.row_matrix import RowMatrix
-from fimkit.operators.spectrum import EigenSpectrum, Spectrum, eigh
+from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
 __all__ = ["GramOperator"]
 
@@ -34,17 +35,19 @@ class GramOperator(Operator):
     ----------
     rows : RowMatrix
         Gradients with their weights.
+    n : int
+        Number of examples; those without rows count, too.
     device : torch.device
         Where the rows are.
     """
 
-    def __init__(self, rows: RowMatrix, device: torch.device) -> None:
+    def __init__(self, rows: RowMatrix, n: int, device: torch.device) -> None:
         self.rows = rows
         self.size = rows.size
         self.device = device
         dtype = accumulation_dtype(device)
         gram = rows.gram(dtype, device)
-        self._scale = (rows.flat_weights(gram) / rows.n).sqrt()
+        self._scale = (rows.flat_weights(gram) / n).sqrt()
         gram.mul_(self._scale[:, None]).mul_(self._scale)
         self._cholesky = DampedCholesky(gram)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,11 +27,15 @@ class Columns:
         """Number of columns."""
         return sum(part.stop - part.start for part in self.parts)
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether the slices follow each other without a gap."""
+        return all(a.stop == b.start for a, b in pairwise(self.parts))
+
     def take(self, vectors: Tensor) -> Tensor:
         """Return these columns of ``(k, p)`` vectors, as a view where they are contiguous."""
-        first, last = self.parts[0], self.parts[-1]
-        if last.stop - first.start == self.size:
-            return vectors[:, first.start : last.stop]
+        if self.contiguous:
+            return vectors[:, self.parts[0].start : self.parts[-1].stop]
         return torch.cat([vectors[:, part] for part in self.parts], 1)
 
     def put(self, vectors: Tensor, values: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fimkit.operators.cholesky import singular
 
-__all__ = ["EigenSpectrum", "Spectrum", "eigh"]
+__all__ = ["EigenSpectrum", "Spectrum"]
 
 
 class Spectrum(ABC):
@@ -72,12 +72,6 @@ class EigenSpectrum(Spectrum):
     def _check(self, damping: float) -> None:
         values = self._eigenvalues
         size = torch.finfo(values.dtype).eps * (len(values) + self._rest)
-        least = 0.0 if self._rest or not len(values) else float(values[0])
+        least = 0.0 if self._rest or not len(values) else float(values.min())
         if not least + damping > size * float(values.max() if len(values) else 0):
             raise singular(damping, f"its smallest eigenvalue is below {size:.1g} of the largest")
-
-
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigendecompose a positive semi-definite matrix: eigenvalues ascending, none negative."""
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    return eigenvalues.clamp_(min=0), vectors

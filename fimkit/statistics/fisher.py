@@ -34,7 +34,6 @@ class FisherAccumulator:
     def __init__(self, size: int, device: torch.device, solver: Solver = "auto") -> None:
         self.size = size
         self.device = device
-        self.n = 0
         self._solver = solver
         self._n_rows = 0
         self._rows = RowAccumulator()
@@ -44,7 +43,6 @@ class FisherAccumulator:
 
     def update(self, rows: RowMatrix) -> None:
         """Add the rows of one batch."""
-        self.n += rows.n
         self._n_rows += rows.shape[0]
         if self._matrix is not None:
             self._add(rows)
@@ -55,11 +53,11 @@ class FisherAccumulator:
             self._add(self._rows.result())
             self._rows = RowAccumulator()
 
-    def result(self) -> Operator:
-        """Return the operator of all batches."""
+    def result(self, n: int) -> Operator:
+        """Return the operator of n examples, those without any row in this block counted."""
         if self._matrix is not None:
-            return DenseOperator(self._matrix / self.n)
-        return GramOperator(self._rows.result(), self.device)
+            return DenseOperator(self._matrix / n)
+        return GramOperator(self._rows.result(), n, self.device)
 
     def _turn_primal(self) -> None:
         self._matrix = torch.zeros(

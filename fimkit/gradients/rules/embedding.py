@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fimkit.gradients.rules.base import Examples, ParameterIndex, Slot, Use
-from fimkit.operators import LookupRows
+from fimkit.operators import LookupRows, MatrixLayout
 
 __all__ = ["EmbeddingUse"]
 
@@ -23,7 +23,7 @@ class EmbeddingUse(Use):
     ) -> None:
         self.names = (slot.name,)
         self._indices = indices
-        self._vocabulary = shape[0]
+        self.table = MatrixLayout(1, shape[0], shape[1])
         self._padding_idx = padding_idx
 
     @classmethod
@@ -61,9 +61,9 @@ class EmbeddingUse(Use):
         indices = examples.split(self._indices, self.lead)
         if self._padding_idx is not None:
             s = s * (indices != self._padding_idx)[:, None, :, None]
-        return LookupRows(indices, s, self._vocabulary)
+        return LookupRows(indices, s, self.table.out)
 
     def rows(self, name: str, signals: Tensor, examples: Examples) -> Tensor:
         """Return per-example gradients of the table, shape ``(m, c, *shape)``."""
         rows = self.lookup_rows(signals, examples).densify().rows
-        return rows.view(*rows.shape[:2], self._vocabulary, -1)
+        return rows.view(*rows.shape[:2], self.table.out, self.table.in_)

@@ -1,0 +1,191 @@
+"""The frame of a fit: what was given, checked, and passes over its batches."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from sklearn.utils import check_random_state
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fimkit.data import ModelData, check_batches, indexed_batches
+from fimkit.estimators.blocks import select_parameters
+from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients import (
+    AmbientAutocast,
+    BatchGradients,
+    GradientEngine,
+    Objective,
+    unwrap,
+)
+from fimkit.gradients.sampling import ExampleUniforms
+from fimkit.gradients.tree import to_device
+from fimkit.losses import resolve_loss
+from fimkit.vectors import ParameterSpace
+
+__all__ = ["Run"]
+
+
+class Run:
+    """A fit's model, data and settings, checked against each other, and passes over the data.
+
+    Attributes
+    ----------
+    sizes : list of int
+        Examples of each batch that was passed.
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        model: Any,
+        dataloader: Any,
+        *,
+        objective: Objective | None = None,
+        seed: int | None = None,
+        space: ParameterSpace | None = None,
+    ) -> None:
+        if isinstance(model, ModelData):
+            model, data = model.model, model
+        else:
+            _check_model(model, dataloader)
+            data = check_batches(dataloader)
+        self.data = data
+        self.model = unwrap(model)
+        _refuse_batch_statistics(self.model)
+        self.space = select_parameters(self.model, estimator.parameters)
+        if space is not None and space.shapes != self.space.shapes:
+            raise IFVPUsageError(
+                "the ModelData's model has other trainable parameters than the one fitted: "
+                f"{_difference(space.shapes, self.space.shapes)}."
+            )
+        self.objective = objective or Objective(
+            resolve_loss(estimator.loss), estimator.fisher, estimator.n_mc_samples
+        )
+        self.seed = _seed(estimator.random_state) if seed is None else seed
+        self.verbose = int(estimator.verbose)
+        parameters = dict(self.model.named_parameters())
+        first = parameters[next(iter(self.space.shapes))]
+        self.model_device = next(iter(parameters.values())).device
+        self.device = first.device if estimator.device is None else torch.device(estimator.device)
+        self.dtype = estimator.dtype or torch.promote_types(first.dtype, torch.float32)
+        self.blocks: dict[str, int] | None = None
+        self.sizes: list[int] = []
+        self._autocast = AmbientAutocast()
+        self._made: GradientEngine | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of examples passed."""
+        return sum(self.sizes)
+
+    @property
+    def engine(self) -> GradientEngine:
+        """What computes gradients; made when first asked for."""
+        if self._made is None:
+            self._made = GradientEngine(
+                self.model,
+                self.objective,
+                self.space,
+                self.dtype,
+                self.device,
+                self.blocks,
+                self._autocast,
+            )
+        return self._made
+
+    def gradients(self, start: int = 0) -> Iterator[BatchGradients]:
+        """Yield the per-example gradients of every batch.
+
+        Parameters
+        ----------
+        start : int, default=0
+            The first batch wanted; those before it have been passed already.
+
+        Raises
+        ------
+        IFVPUsageError
+            If there is no batch, or a batch gives numbers that are not finite.
+        """
+        batches = indexed_batches(self.data, indexed=self.objective.fisher == "mc")
+        total = len(self.data.batches()) if isinstance(self.data, ModelData) else None
+        finite: list[Tensor] = []
+        progress = tqdm(batches, "batches", total, disable=not self.verbose, leave=False)
+        for i, (indices, batch) in enumerate(progress):
+            if i < start:
+                continue
+            before = sum(self.sizes[:i])
+            uniforms = ExampleUniforms(self.seed, before if indices is None else indices)
+            try:
+                gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
+            except IFVPUsageError as error:
+                raise type(error)(f"batch {i}: {error}") from error
+            if not gradients.n:
+                raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
+            if i == len(self.sizes):
+                self.sizes.append(gradients.n)
+            finite.append(gradients.is_finite())
+            if finite[-1].device.type == "cpu":
+                _refuse_infinite(finite, start)  # elsewhere, waiting for the answer takes time
+            yield gradients
+        if not self.sizes:
+            raise IFVPUsageError(
+                "the data has no batches; give at least one example (an iterator that was "
+                "iterated over before is empty: give a list or a DataLoader)."
+            )
+        _refuse_infinite(finite, start)
+
+
+def _refuse_infinite(finite: list[Tensor], start: int) -> None:
+    flags = torch.stack(finite).tolist() if finite else []
+    bad = [i for i, value in enumerate(flags, start) if not value]
+    if bad:
+        raise IFVPUsageError(
+            f"batch {bad[0]} gives NaN or infinite losses or gradients"
+            + (f" (and {len(bad) - 1} more batches)" if len(bad) > 1 else "")
+            + "; look for NaN inputs, log(0) in the loss, or a diverged model."
+        )
+
+
+def _check_model(model: Any, dataloader: Any) -> None:
+    if not isinstance(model, nn.Module):
+        swapped = " (the arguments look swapped)" if isinstance(dataloader, nn.Module) else ""
+        raise IFVPUsageError(
+            f"model must be a torch.nn.Module or a ModelData; got {type(model).__name__}{swapped}. "
+            "Call fit(model, dataloader) or fit(ModelData(model, dataset))."
+        )
+    if dataloader is None:
+        raise IFVPUsageError(
+            "fit(model) has no data; call fit(model, dataloader) or fit(ModelData(model, dataset))."
+        )
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and getattr(module, "running_mean", None) is None:
+            raise IFVPUsageError(
+                f"layer {name!r} ({type(module).__name__}) has no running statistics, so the loss "
+                "of an example depends on the others in its batch; train it with "
+                "track_running_stats=True, or replace it by GroupNorm."
+            )
+
+
+def _seed(random_state: Any) -> int:
+    """Return a seed by scikit-learn's rules; None draws fresh entropy, no global state."""
+    if random_state is None:
+        return secrets.randbits(63)
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _difference(fitted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    for name in {**fitted, **given}:
+        if fitted.get(name) != given.get(name):
+            return f"{name!r} was {fitted.get(name, 'absent')}, now {given.get(name, 'absent')}"
+    return "their order differs"

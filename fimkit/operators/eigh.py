@@ -1,0 +1,82 @@
+"""Symmetric eigendecompositions in float64, those of different matrices side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from fimkit.exceptions import IFVPUsageError
+from fimkit.operators.memory import accumulation_dtype
+
+__all__ = ["eigh", "eigh_all"]
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigendecompose positive semi-definite matrices, in float64 where the device has it.
+
+    Parameters
+    ----------
+    matrix : Tensor of shape (..., m, m)
+        Symmetrised first.
+
+    Returns
+    -------
+    eigenvalues : Tensor of shape (..., m)
+        Ascending, none negative.
+    eigenvectors : Tensor of shape (..., m, m)
+        In columns.
+    """
+    wide = matrix.to(accumulation_dtype(matrix.device))
+    wide = (wide + wide.mT) / 2
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(wide)
+    except RuntimeError:
+        if matrix.device.type == "cpu":
+            raise
+        eigenvalues, vectors = (part.to(matrix.device) for part in torch.linalg.eigh(wide.cpu()))
+    return eigenvalues.clamp_(min=0), vectors
+
+
+def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigendecompose named matrices; on CPU each on a thread of its own, the largest first.
+
+    Parameters
+    ----------
+    matrices : mapping of str to Tensor of shape (..., m, m)
+
+    Returns
+    -------
+    dict of str to (eigenvalues, eigenvectors)
+        As `eigh` returns them, in the dtypes given.
+
+    Raises
+    ------
+    IFVPUsageError
+        If a matrix is not finite, by its name.
+    """
+    for name, matrix in matrices.items():
+        if not bool(matrix.isfinite().all()):
+            raise IFVPUsageError(
+                f"a Kronecker factor of {name!r} is not finite: its inputs or gradients overflow "
+                f"{matrix.dtype}; fit with dtype=torch.float64, or scale the inputs."
+            )
+
+    def one(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        eigenvalues, vectors = eigh(matrix)
+        return eigenvalues.to(matrix.dtype), vectors.to(matrix.dtype)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or any(matrix.device.type != "cpu" for matrix in matrices.values()):
+        return {name: one(matrix) for name, matrix in matrices.items()}
+    order = sorted(matrices, key=lambda name: -matrices[name].shape[-1])
+    try:
+        with ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as executor:
+            done = dict(zip(order, executor.map(one, (matrices[n] for n in order)), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: done[name] for name in matrices}

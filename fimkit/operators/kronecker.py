@@ -1,0 +1,133 @@
+r"""Eigenvalues in a Kronecker-factored eigenbasis.
+
+For matrices V of shape (out, in),
+
+.. math:: F V = Q_S \, [\Lambda \odot (Q_S^\top V Q_A)] \, Q_A^\top ,
+
+with orthogonal :math:`Q_S` (out × out), :math:`Q_A` (in × in) and :math:`\Lambda` (out × in).
+EK-FAC has the best Λ for its basis, K-FAC the product of the factors' eigenvalues, a diagonal
+approximation both bases equal to the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.base import Operator
+from fimkit.operators.cholesky import singular
+from fimkit.operators.layout import MatrixLayout
+from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.operators.spectrum import EigenSpectrum, Spectrum
+
+__all__ = ["EigenKroneckerOperator"]
+
+
+class EigenKroneckerOperator(Operator):
+    """An operator diagonal in the basis ``Q_S ⊗ Q_A``, one such pair per group.
+
+    Parameters
+    ----------
+    layout : MatrixLayout
+        How a flat vector becomes matrices ``(groups, out, columns)``.
+    eigenvalues : Tensor of shape (groups, out, columns)
+        None negative.
+    output_basis : Tensor of shape (groups, out, out), or None
+        Eigenvectors of the output side in columns; None for the identity.
+    input_basis : Tensor of shape (groups, columns, columns), or None
+        Those of the input side.
+    """
+
+    def __init__(
+        self,
+        layout: MatrixLayout,
+        eigenvalues: Tensor,
+        output_basis: Tensor | None = None,
+        input_basis: Tensor | None = None,
+    ) -> None:
+        self.layout = layout
+        self.eigenvalues = eigenvalues
+        self.output_basis = output_basis
+        self.input_basis = input_basis
+        self.size = layout.size
+        self.device = eigenvalues.device
+
+    @classmethod
+    def diagonal_of(cls, diagonal: Tensor) -> EigenKroneckerOperator:
+        """Return the operator with this ``(p,)`` diagonal and nothing beside it."""
+        return cls(MatrixLayout(1, len(diagonal), 1), diagonal[None, :, None])
+
+    def matmul(self, vectors: Tensor, damping: float = 0.0) -> Tensor:
+        """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
+        return self._scaled(vectors, self.eigenvalues + damping)
+
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+        self._check(damping)
+        return self._scaled(vectors, 1 / (self.eigenvalues + damping))
+
+    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+        self._check(damping)
+        return self.spectrum().quadratics(vectors, [damping])[0]
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``F``, shape ``(p,)``."""
+        values = self.eigenvalues
+        if self.output_basis is not None:
+            values = self.output_basis.square() @ values
+        if self.input_basis is not None:
+            values = values @ self.input_basis.square().mT
+        return self.layout.flatten(values[None])[0]
+
+    def trace(self) -> float:
+        """Return the trace of ``F``."""
+        return float(self._wide_eigenvalues().sum())
+
+    def logdet(self, damping: float) -> float:
+        """Return ``log det(F + damping I)``."""
+        self._check(damping)
+        return float((self._wide_eigenvalues() + damping).log().sum())
+
+    def spectrum(self) -> Spectrum:
+        """Return what gives inverse quadratic forms and log determinants at many dampings."""
+
+        def coordinates(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            wide = accumulation_dtype(self.device)
+            squares = self._rotate(vectors).flatten(1).to(wide).square_()
+            return squares, squares.new_zeros(len(squares))
+
+        return EigenSpectrum(self._wide_eigenvalues(), 0, coordinates)
+
+    def to_dense(self) -> Tensor:
+        """Return ``F`` as a ``(p, p)`` tensor."""
+        return self.matmul(torch.eye(self.size, dtype=self.eigenvalues.dtype, device=self.device))
+
+    def _scaled(self, vectors: Tensor, scale: Tensor) -> Tensor:
+        out = torch.empty_like(vectors)
+        for some in chunks(vectors.shape[0], 4 * self.size * self.eigenvalues.element_size()):
+            rotated = self._rotate(vectors[some]).mul_(scale)
+            if self.output_basis is not None:
+                rotated = self.output_basis @ rotated
+            if self.input_basis is not None:
+                rotated = rotated @ self.input_basis.mT
+            out[some] = self.layout.flatten(rotated)
+        return out
+
+    def _rotate(self, vectors: Tensor) -> Tensor:
+        """Return the coordinates of vectors in the eigenbasis, ``(k, groups, out, columns)``."""
+        matrices = self.layout.matrices(vectors, self.eigenvalues.dtype)
+        if self.output_basis is not None:
+            matrices = self.output_basis.mT @ matrices
+        if self.input_basis is not None:
+            matrices = matrices @ self.input_basis
+        return matrices.clone() if matrices.data_ptr() == vectors.data_ptr() else matrices
+
+    def _wide_eigenvalues(self) -> Tensor:
+        return self.eigenvalues.to(accumulation_dtype(self.device)).flatten()
+
+    def _check(self, damping: float) -> None:
+        eps = torch.finfo(self.eigenvalues.dtype).eps * self.size
+        least, largest = torch.aminmax(self.eigenvalues)
+        if not float(least) + damping > eps * float(largest):
+            raise singular(damping, f"its smallest eigenvalue is below {eps:.1g} of the largest")

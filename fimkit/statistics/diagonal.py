@@ -1,0 +1,36 @@
+"""The diagonal of the Fisher information matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fimkit.operators import EigenKroneckerOperator, RowMatrix
+from fimkit.operators.memory import accumulation_dtype
+
+__all__ = ["DiagonalAccumulator"]
+
+
+class DiagonalAccumulator:
+    """Accumulates the mean over examples of the squared rows.
+
+    Parameters
+    ----------
+    size : int
+        Number of parameters.
+    like : Tensor
+        Dtype and device of the diagonal; sums are float64.
+    """
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self._like = like
+        wide = accumulation_dtype(like.device)
+        self._sum = torch.zeros(size, dtype=wide, device=like.device)
+
+    def update(self, rows: RowMatrix) -> None:
+        """Add the rows of one batch."""
+        self._sum += rows.diagonal(rows.flat_weights(self._like)).to(self._sum)
+
+    def result(self, n: int) -> EigenKroneckerOperator:
+        """Return the operator of n examples."""
+        return EigenKroneckerOperator.diagonal_of((self._sum / n).to(self._like))

@@ -1,0 +1,357 @@
+r"""Statistics of Kronecker-factored curvature: factors of a layer, then its eigenvalues.
+
+With inputs a (a bias's 1 folded in) and output gradients s of a layer,
+
+- expand: :math:`A` is the mean over positions of :math:`a a^\top`, :math:`S` the mean over examples
+  of :math:`\sum_t s_t s_t^\top`;
+- reduce: the means over examples of :math:`\bar a \bar a^\top` (the mean over positions) and of
+  :math:`(\sum_t s_t)(\sum_t s_t)^\top`;
+
+and with their eigenvectors :math:`Q_A, Q_S` and the per-example gradient
+:math:`G_i = \sum_t s_{it} a_{it}^\top`, always whole,
+
+.. math:: \Lambda = \frac{1}{n} \sum_i (Q_S^\top G_i Q_A)^{\odot 2} .
+
+Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network
+architectures", NeurIPS 2023 (expand and reduce); George et al., "Fast approximate natural gradient
+descent in a Kronecker-factored eigenbasis", NeurIPS 2018, eq. 8 (Λ).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fimkit.gradients import GroupGradients
+from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout
+from fimkit.operators.eigh import eigh_all
+from fimkit.operators.memory import chunks
+
+__all__ = ["LayerStatistics", "WeightSharing", "layer_statistics", "set_eigenbases"]
+
+WeightSharing = Literal["expand", "reduce"]
+
+# A side of more entries than this keeps the identity basis: vocabularies, never hidden widths.
+_LARGEST_SIDE = 16384
+
+# Bytes of per-example gradients at a time: enough for a matrix product, few enough for a cache.
+_SQUARES_BUDGET = 8 * 2**20
+
+
+class Side:
+    """The mean of outer products on one side of a layer, or only its diagonal.
+
+    Parameters
+    ----------
+    groups, size : int
+    like : Tensor
+        Dtype and device.
+    diagonal : bool
+        Whether only the diagonal is kept, so that the eigenbasis is the identity.
+    """
+
+    def __init__(self, groups: int, size: int, like: Tensor, *, diagonal: bool) -> None:
+        self.diagonal = diagonal
+        self._sum = like.new_zeros((groups, size) if diagonal else (groups, size, size))
+        self._count = like.new_zeros((), dtype=torch.float64 if like.device.type != "mps" else None)
+
+    def count(self, number: Tensor | int) -> None:
+        """Count what the mean is over."""
+        self._count += number
+
+    def add(self, vectors: Tensor) -> None:
+        """Add the outer products of ``(groups, r, size)`` vectors."""
+        if self.diagonal:
+            self._sum += vectors.square().sum(1)
+        elif len(vectors) == 1:
+            self._sum[0].addmm_(vectors[0].T, vectors[0])
+        else:
+            self._sum.baddbmm_(vectors.mT, vectors)
+
+    def add_units(self, indices: Tensor, weights: Tensor) -> None:
+        """Add the outer products of weighted unit vectors, to a diagonal."""
+        self._sum[0].index_add_(0, indices, weights)
+
+    def mean(self) -> Tensor:
+        """Return the mean; zero where nothing was counted."""
+        return self._sum / self._count.clamp(min=1).to(self._sum.dtype)
+
+
+class LayerStatistics(ABC):
+    """Both passes over one layer: its two sides, then its eigenvalues in their eigenbases.
+
+    Parameters
+    ----------
+    layout : MatrixLayout
+        The layer's matrices.
+    like : Tensor
+        Dtype and device of the statistics.
+    """
+
+    output: Side
+    input: Side
+
+    def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
+        self.layout = layout
+        self._eigenvalues = like.new_zeros((layout.groups, layout.out, layout.columns))
+        self._output_basis: Tensor | None = None
+        self._input_basis: Tensor | None = None
+
+    @abstractmethod
+    def add_factors(
+        self, group: GroupGradients, weights: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Add one batch to the two sides.
+
+        Parameters
+        ----------
+        group : GroupGradients
+        weights : Tensor of shape (n, c), or None
+            Weights of the rows; one where None.
+        mask : Tensor of shape (n, T), or None
+            Positions that are not padding; read by calls with T positions.
+        """
+
+    def set_bases(self, output: Tensor | None, input: Tensor | None) -> None:
+        """Take the eigenvectors of the two sides; None for the identity."""
+        self._output_basis, self._input_basis = output, input
+
+    @abstractmethod
+    def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
+        """Add one batch's squared per-example gradients in the eigenbasis."""
+
+    def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
+        """Return the operator with the mean of squares over n examples as eigenvalues."""
+        return self._operator(self._eigenvalues / n)
+
+    def factored(self, output: Tensor, input: Tensor) -> EigenKroneckerOperator:
+        """Return the operator with products of the sides' eigenvalues, ``(groups, m)`` each."""
+        return self._operator(output[:, :, None] * input[:, None, :])
+
+    def _operator(self, eigenvalues: Tensor) -> EigenKroneckerOperator:
+        return EigenKroneckerOperator(
+            self.layout, eigenvalues, self._output_basis, self._input_basis
+        )
+
+
+class LinearStatistics(LayerStatistics):
+    """A layer that acts as one linear map at every position.
+
+    Parameters
+    ----------
+    layout, like
+        As for `LayerStatistics`.
+    weight_sharing : {"expand", "reduce"}
+    """
+
+    def __init__(self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing) -> None:
+        super().__init__(layout, like)
+        self._reduce = weight_sharing == "reduce"
+        self.output, self.input = (
+            Side(layout.groups, size, like, diagonal=size > _LARGEST_SIDE)
+            for size in (layout.out, layout.columns)
+        )
+
+    def add_factors(
+        self, group: GroupGradients, weights: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Add one batch to the two sides."""
+        for call in group.calls:
+            for part in group.parts([call]):
+                factors = group.factors(part, [call])
+                a, s = factors.inputs, factors.signals
+                count: Tensor | int = a.shape[0] * a.shape[1]
+                if mask is not None and mask.shape[1] == a.shape[1]:
+                    kept = mask[part].to(a)
+                    a = a * kept[:, :, None, None]
+                    s = s * kept[:, None, :, None, None]
+                    count = kept.sum()
+                    lengths: Tensor | int = kept.sum(1).clamp(min=1)[:, None, None, None]
+                else:
+                    lengths = a.shape[1]
+                if self._reduce:
+                    count = a.shape[0]
+                    a = a.sum(1, keepdim=True) / lengths
+                    s = s.sum(2, keepdim=True)
+                if weights is not None:
+                    s = s * weights[part].to(s).sqrt()[:, :, None, None, None]
+                self.input.add(a.permute(2, 0, 1, 3).flatten(1, 2))
+                self.input.count(count)
+                self.output.add(s.permute(3, 0, 1, 2, 4).flatten(1, 3))
+        self.output.count(group.n)
+
+    def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
+        """Add one batch's squared per-example gradients in the eigenbasis."""
+        for part in group.parts():
+            factors = group.factors(part)
+            a = factors.inputs.permute(2, 0, 1, 3)  # (groups, m, T, columns)
+            s = factors.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
+            w = s.new_ones(s.shape[1:3]) if weights is None else weights[part].to(s)
+            if factors.positions == 1:
+                a = _times(a[:, :, 0], self._input_basis).square_()
+                s = _times(s[:, :, :, 0], self._output_basis).square_()
+                self._eigenvalues.baddbmm_((w[:, :, None] * s).sum(2).mT, a)
+            else:
+                self._add_sequences(a, s, w)
+
+    def _add_sequences(self, a: Tensor, s: Tensor, w: Tensor) -> None:
+        """Add squares of ``Σ_t s_t a_tᵀ``, rotated before or after the sum, whichever is less."""
+        out, columns, positions = self.layout.out, self.layout.columns, a.shape[2]
+        first = positions * (out**2 + columns**2) < out * columns * (out + columns)
+        output_basis, input_basis = self._output_basis, self._input_basis
+        if first:
+            a, s = _times(a, input_basis), _times(s, output_basis)
+        each = self.layout.size * a.element_size()
+        for j in range(s.shape[2]):
+            for part in chunks(a.shape[1], each, budget=_SQUARES_BUDGET):
+                gradients = s[:, part, j].mT @ a[:, part]  # (groups, m, out, columns)
+                if not first and output_basis is not None:
+                    gradients = output_basis.mT[:, None] @ gradients
+                if not first:
+                    gradients = _times(gradients, input_basis)
+                squares = gradients.square_().flatten(2)
+                total = w[part, j] @ squares  # (groups, out * columns)
+                self._eigenvalues += total.view_as(self._eigenvalues)
+
+
+class LookupStatistics(LayerStatistics):
+    """A table that is looked up: the vocabulary's side is diagonal, as one-hot inputs are."""
+
+    def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
+        super().__init__(layout, like)
+        self.output = Side(1, layout.out, like, diagonal=True)
+        self.input = Side(1, layout.columns, like, diagonal=False)
+
+    def add_factors(
+        self, group: GroupGradients, weights: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Add one batch to the two sides."""
+        rows = group.lookups()
+        assert rows is not None
+        s, indices = rows.signals, rows.indices
+        kept = torch.ones_like(indices, dtype=s.dtype)
+        if mask is not None and mask.shape == indices.shape:
+            kept = mask.to(s)
+            s = s * kept[:, None, :, None]
+        if weights is not None:
+            s = s * weights.to(s).sqrt()[:, :, None, None]
+        self.input.add(s.flatten(0, 2)[None])
+        self.input.count(group.n)
+        self.output.add_units(indices.flatten(), kept.flatten())
+        self.output.count(kept.sum())
+
+    def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
+        """Add one batch's squared per-example gradients in the eigenbasis."""
+        rows = group.lookups()
+        assert rows is not None
+        assert self._input_basis is not None
+        s = rows.signals @ self._input_basis[0]
+        w = s.new_ones(s.shape[:2]) if weights is None else weights.to(s)
+        squares = LookupRows(rows.indices, s, rows.vocabulary).diagonal(w)
+        self._eigenvalues += squares.view_as(self._eigenvalues)
+
+
+class TiedStatistics(LayerStatistics):
+    """A table that is both looked up and multiplied by: its sides are those of the sum.
+
+    The input side is the mean of ``G_iᵀ G_i`` over both uses together, the vocabulary's the
+    diagonal of the mean of ``G_i G_iᵀ``.
+    """
+
+    def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
+        super().__init__(layout, like)
+        self.output = Side(1, layout.out, like, diagonal=True)
+        self.input = Side(1, layout.columns, like, diagonal=False)
+
+    def add_factors(
+        self, group: GroupGradients, weights: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Add one batch to the two sides."""
+        for gradients in self._matrices(group, weights):
+            self.input.add(gradients.flatten(0, 1)[None])
+            self.output.add(gradients.mT.flatten(0, 1)[None])
+        self.input.count(group.n)
+        self.output.count(group.n)
+
+    def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
+        """Add one batch's squared per-example gradients in the eigenbasis."""
+        for gradients in self._matrices(group, weights):
+            rotated = gradients if self._input_basis is None else gradients @ self._input_basis[0]
+            self._eigenvalues += rotated.square_().sum(0)
+
+    def factored(self, output: Tensor, input: Tensor) -> EigenKroneckerOperator:
+        """Return the operator with products of the sides' eigenvalues, of the sides' own trace."""
+        total = input.sum().clamp(min=torch.finfo(input.dtype).tiny)
+        return super().factored(output, input / total)
+
+    def _matrices(self, group: GroupGradients, weights: Tensor | None) -> Iterator[Tensor]:
+        """Yield per-example gradients times the root of their weight, ``(rows, out, columns)``."""
+        each = group.c * self.layout.size * self._eigenvalues.element_size()
+        for part in chunks(group.n, each):
+            rows = group.dense(part)
+            if weights is not None:
+                rows = rows * weights[part].to(rows).sqrt()[:, :, None]
+            yield rows.view(-1, self.layout.out, self.layout.columns)
+
+
+def layer_statistics(
+    group: GroupGradients, like: Tensor, weight_sharing: WeightSharing
+) -> LayerStatistics | None:
+    """Return empty statistics for the layer that a group's gradients are of, or None if none."""
+    if group.layout is not None:
+        return LinearStatistics(group.layout, like, weight_sharing)
+    if group.table is None:
+        return None
+    kind = TiedStatistics if group.lookups() is None else LookupStatistics
+    return kind(group.table, like)
+
+
+def set_eigenbases(
+    layers: Mapping[str, LayerStatistics],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Give every layer the eigenvectors of its sides.
+
+    Parameters
+    ----------
+    layers : mapping of str to LayerStatistics
+        By name, for errors.
+
+    Returns
+    -------
+    dict of str to (Tensor, Tensor)
+        Eigenvalues of each layer's output and input side, ``(groups, m)``.
+
+    Raises
+    ------
+    IFVPUsageError
+        If a side is not finite, by the layer's name.
+    """
+    full = {
+        (name, role): side.mean()
+        for name, layer in layers.items()
+        for role, side in (("output", layer.output), ("input", layer.input))
+        if not side.diagonal
+    }
+    solved = eigh_all({f"{name} ({role} side)": m for (name, role), m in full.items()})
+    eigenvalues = {}
+    for name, layer in layers.items():
+        sides = []
+        for role, side in (("output", layer.output), ("input", layer.input)):
+            sides.append((side.mean(), None) if side.diagonal else solved[f"{name} ({role} side)"])
+        (output_values, output_basis), (input_values, input_basis) = sides
+        layer.set_bases(output_basis, input_basis)
+        eigenvalues[name] = (output_values, input_values)
+    return eigenvalues
+
+
+def _times(vectors: Tensor, basis: Tensor | None) -> Tensor:
+    """Multiply ``(groups, ..., m)`` vectors by ``(groups, m, m)`` bases, into a new tensor."""
+    if basis is None:
+        return vectors.clone()
+    if len(basis) == 1:
+        return vectors @ basis[0]
+    return (vectors.flatten(1, -2) @ basis).view(vectors.shape)
