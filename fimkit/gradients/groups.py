@@ -275,8 +275,9 @@ class BatchGradients:
         """Whether losses and gradients are finite, as a tensor, so that nothing waits for it."""
         checked = [call.signals for group in self.groups for call in group.calls]
         checked += [group.given for group in self.groups if group.given is not None]
-        flags = [tensor.isfinite().all() for tensor in (self.scalars, *checked)]
-        return torch.stack([flag.to(self.scalars.device) for flag in flags]).all()
+        # One NaN or infinity makes its sum NaN or infinite, in one pass without temporaries.
+        sums = [tensor.sum().to(self.scalars.device) for tensor in (self.scalars, *checked)]
+        return torch.stack([total.isfinite() for total in sums]).all()
 
 
 def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:

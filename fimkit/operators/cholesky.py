@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fimkit.exceptions import SingularFisherError
 
-__all__ = ["DampedCholesky", "singular"]
+__all__ = ["DampedCholesky", "check_eigenvalues", "singular"]
 
 
 def singular(damping: float, why: str) -> SingularFisherError:
@@ -19,6 +19,19 @@ def singular(damping: float, why: str) -> SingularFisherError:
         f"working precision: {why}. Use a larger regularization, such as 'auto' or 1e-3 times "
         "the mean of the Fisher's diagonal."
     )
+
+
+def check_eigenvalues(
+    least: float, largest: float, damping: float, size: int, dtype: torch.dtype
+) -> None:
+    """Raise if eigenvalues from ``least`` to ``largest``, known in ``dtype``, are singular.
+
+    Undamped, the least must exceed the rounding of ``size`` eigenvalues' largest; a damping is
+    exact, and only has to exceed the rounding of one.
+    """
+    eps = torch.finfo(dtype).eps * (1 if damping else size)
+    if not least + damping > eps * largest:
+        raise singular(damping, f"its smallest eigenvalue is below {eps:.1g} of the largest")
 
 
 class DampedCholesky:

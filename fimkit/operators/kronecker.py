@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fimkit.operators.base import Operator
-from fimkit.operators.cholesky import singular
+from fimkit.operators.cholesky import check_eigenvalues
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.memory import accumulation_dtype, chunks
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
@@ -127,7 +127,6 @@ class EigenKroneckerOperator(Operator):
         return self.eigenvalues.to(accumulation_dtype(self.device)).flatten()
 
     def _check(self, damping: float) -> None:
-        eps = torch.finfo(self.eigenvalues.dtype).eps * self.size
         least, largest = torch.aminmax(self.eigenvalues)
-        if not float(least) + damping > eps * float(largest):
-            raise singular(damping, f"its smallest eigenvalue is below {eps:.1g} of the largest")
+        dtype = self.eigenvalues.dtype
+        check_eigenvalues(float(least), float(largest), damping, self.size, dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fimkit.operators.cholesky import singular
+from fimkit.operators.cholesky import check_eigenvalues
 
 __all__ = ["EigenSpectrum", "Spectrum"]
 
@@ -71,7 +71,6 @@ class EigenSpectrum(Spectrum):
 
     def _check(self, damping: float) -> None:
         values = self._eigenvalues
-        size = torch.finfo(values.dtype).eps * (len(values) + self._rest)
         least = 0.0 if self._rest or not len(values) else float(values.min())
-        if not least + damping > size * float(values.max() if len(values) else 0):
-            raise singular(damping, f"its smallest eigenvalue is below {size:.1g} of the largest")
+        largest = float(values.max()) if len(values) else 0.0
+        check_eigenvalues(least, largest, damping, len(values) + self._rest, values.dtype)

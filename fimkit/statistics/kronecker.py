@@ -67,10 +67,8 @@ class Side:
         """Add the outer products of ``(groups, r, size)`` vectors."""
         if self.diagonal:
             self._sum += vectors.square().sum(1)
-        elif len(vectors) == 1:
-            self._sum[0].addmm_(vectors[0].T, vectors[0])
         else:
-            self._sum.baddbmm_(vectors.mT, vectors)
+            _add_products(self._sum, vectors, vectors)
 
     def add_units(self, indices: Tensor, weights: Tensor) -> None:
         """Add the outer products of weighted unit vectors, to a diagonal."""
@@ -191,12 +189,13 @@ class LinearStatistics(LayerStatistics):
             a = factors.inputs.permute(2, 0, 1, 3)  # (groups, m, T, columns)
             s = factors.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
             w = s.new_ones(s.shape[1:3]) if weights is None else weights[part].to(s)
-            if factors.positions == 1:
-                a = _times(a[:, :, 0], self._input_basis).square_()
-                s = _times(s[:, :, :, 0], self._output_basis).square_()
-                self._eigenvalues.baddbmm_((w[:, :, None] * s).sum(2).mT, a)
-            else:
+            if factors.positions > 1:
                 self._add_sequences(a, s, w)
+                continue
+            a = _times(a[:, :, 0], self._input_basis).square_()
+            s = _times(s[:, :, :, 0], self._output_basis).square_()
+            s = s[:, :, 0] if weights is None and s.shape[2] == 1 else (w[:, :, None] * s).sum(2)
+            _add_products(self._eigenvalues, s, a)
 
     def _add_sequences(self, a: Tensor, s: Tensor, w: Tensor) -> None:
         """Add squares of ``Σ_t s_t a_tᵀ``, rotated before or after the sum, whichever is less."""
@@ -348,10 +347,18 @@ def set_eigenbases(
     return eigenvalues
 
 
+def _add_products(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``leftᵀ right`` of ``(groups, r, m)`` tensors to ``out`` in place."""
+    if len(out) == 1:
+        out[0].addmm_(left[0].T, right[0])
+    else:
+        out.baddbmm_(left.mT, right)
+
+
 def _times(vectors: Tensor, basis: Tensor | None) -> Tensor:
     """Multiply ``(groups, ..., m)`` vectors by ``(groups, m, m)`` bases, into a new tensor."""
     if basis is None:
         return vectors.clone()
-    if len(basis) == 1:
-        return vectors @ basis[0]
-    return (vectors.flatten(1, -2) @ basis).view(vectors.shape)
+    flat = vectors.flatten(1, -2)
+    product = (flat[0] @ basis[0])[None] if len(basis) == 1 else flat @ basis
+    return product.view(vectors.shape)
