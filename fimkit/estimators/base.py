@@ -18,9 +18,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from fimkit.data import ModelData
+from fimkit.estimators.regularization import (
+    block_regularizations,
+    checked_regularization,
+    resolve_regularization,
+)
 from fimkit.estimators.run import Run
-from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
+    AmbientAutocast,
     FisherKind,
     Objective,
     evaluating,
@@ -30,9 +36,6 @@ from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
 from fimkit.operators.memory import chunks
 
 __all__ = ["FisherEstimator", "components", "compose"]
-
-# "auto" regularization is this fraction of the mean of the Fisher's diagonal.
-_AUTO = 0.1
 
 # Bytes of per-example gradients that a ModelData may become as one array.
 _DENSE_LIMIT = 4 * 2**30
@@ -111,6 +114,8 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         run = Run(self, model, dataloader)
         with evaluating(run.model):
             fitted = self._fit(run)
+        if not isinstance(self.regularization, str):
+            block_regularizations(self.regularization, list(fitted["_blocks"]))
         fitted.update(
             n_features_in_=run.space.size,
             n_samples_seen_=run.n,
@@ -238,7 +243,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         scores : ndarray of shape (len(regularizations),)
         """
         check_is_fitted(self)
-        dampings = [_checked(value, "regularizations") for value in regularizations]
+        dampings = [checked_regularization(value, "regularizations") for value in regularizations]
         spectrum = self.fisher_.spectrum()
         quadratics = self._reduce(vectors, lambda flat: spectrum.quadratics(flat, dampings))
         logdets = np.asarray(spectrum.logdets(dampings))
@@ -279,51 +284,10 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "fisher_")
 
-    # -- regularization ------------------------------------------------------------------------
-
     def _damping(self) -> float | list[float]:
-        """Return λ as one number, or one per block where they differ."""
-        value = self.regularization
-        if isinstance(value, str):
-            if value != "auto":
-                raise IFVPUsageError(f"regularization={value!r}; expected 'auto' or numbers.")
-            return self._automatic_damping()
-        blocks = list(self._blocks)
-        if isinstance(value, Real) and not isinstance(value, bool):
-            return _checked(value, "regularization")
-        if isinstance(value, Mapping):
-            if set(value) != set(blocks):
-                raise IFVPUsageError(
-                    f"regularization has keys {list(value)}; expected one per block: {blocks}."
-                )
-            values = [value[block] for block in blocks]
-        elif isinstance(value, Tensor | np.ndarray | Sequence):
-            values = list(value)
-            if len(values) != len(blocks):
-                raise IFVPUsageError(
-                    f"regularization has {len(values)} values; expected one number, or one per "
-                    f"block: {len(blocks)} ({', '.join(blocks)})."
-                )
-        else:
-            raise IFVPUsageError(
-                f"regularization={value!r}; expected 'auto', a number, or one number per block."
-            )
-        checked = [
-            _checked(item, f"regularization of block {block!r}")
-            for block, item in zip(blocks, values, strict=True)
-        ]
-        return checked[0] if len(checked) == 1 else checked
-
-    def _automatic_damping(self) -> float | list[float]:
-        traces, sizes = self._traces, [columns.size for columns in self._blocks.values()]
-        whole = _AUTO * sum(traces) / sum(sizes)
-        if not whole > 0:
-            raise SingularFisherError(
-                "regularization='auto' is a fraction of the Fisher's trace, which is zero: every "
-                "gradient is zero. Give a number, or check that the loss depends on the parameters."
-            )
-        values = [_AUTO * t / p if t > 0 else whole for t, p in zip(traces, sizes, strict=True)]
-        return values[0] if len(values) == 1 else values
+        """Return λ as one number, or as one per block."""
+        sizes = {block: columns.size for block, columns in self._blocks.items()}
+        return resolve_regularization(self.regularization, sizes, self._traces)
 
     # -- vectors -------------------------------------------------------------------------------
 
@@ -337,7 +301,8 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
     def _map(self, vectors: Any, function: Any) -> Any:
         if not isinstance(vectors, ModelData):
             flat, restore = self._flatten(vectors)
-            return restore(function(flat))
+            with AmbientAutocast().disabled():
+                return restore(function(flat))
         size = len(vectors) * self.n_features_in_ * self.dtype_.itemsize
         if size > _DENSE_LIMIT:
             raise IFVPUsageError(
@@ -376,7 +341,9 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         are then weighted sums over its rows.
         """
         if not isinstance(vectors, ModelData):
-            return _numpy64(function(self._flatten(vectors)[0]))
+            flat, _ = self._flatten(vectors)
+            with AmbientAutocast().disabled():
+                return _numpy64(function(flat))
         parts = []
         for dense, weights in self._dense_batches(vectors, fisher):
             values = function(dense.flatten(0, 1)).double()
@@ -414,13 +381,6 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         with evaluating(run.model):
             for gradients in run.gradients():
                 yield gradients.rows()
-
-
-def _checked(value: Any, what: str) -> float:
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
-    return number
 
 
 def _numpy64(values: Tensor) -> npt.NDArray[np.float64]:

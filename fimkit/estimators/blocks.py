@@ -41,19 +41,33 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
         for pattern in wanted:
             if any(fnmatchcase(name, pattern) for name in trainable):
                 continue
-            frozen = [name for name in named if fnmatchcase(name, pattern)]
-            why = (
-                f"matches only frozen parameters ({frozen[0]!r}, …); call requires_grad_() on them"
-                if frozen
-                else f"matches none of {', '.join(map(repr, trainable[:8]))}"
-                + (f", … ({len(trainable)} in all)" if len(trainable) > 8 else "")
-            )
-            raise IFVPUsageError(f"parameters: {pattern!r} {why}.")
+            raise IFVPUsageError(f"parameters: {pattern!r} {_why_unmatched(model, pattern)}.")
         trainable = [name for name in trainable if any(fnmatchcase(name, p) for p in wanted)]
         if not trainable:
             raise IFVPUsageError("parameters is empty; give at least one name or pattern, or None.")
     shapes = {name: tuple(named[name].shape) for name in trainable}
+    complex_names = [name for name in shapes if named[name].is_complex()]
+    if complex_names:
+        raise IFVPUsageError(
+            f"parameter {complex_names[0]!r} is complex; only real parameters have a Fisher here, "
+            "so leave it out with parameters=, or store its real and imaginary parts."
+        )
     return ParameterSpace(shapes, sum(parameter.numel() for parameter in named.values()))
+
+
+def _why_unmatched(model: nn.Module, pattern: str) -> str:
+    """Return what is wrong with a pattern that matches no trainable parameter."""
+    named = dict(model.named_parameters())
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    matched = [name for name in aliases if fnmatchcase(name, pattern)]
+    if not matched:
+        names = ", ".join(map(repr, list(named)[:8]))
+        more = f", … ({len(named)} in all)" if len(named) > 8 else ""
+        return f"matches none of {names}{more}"
+    if matched[0] not in named:
+        tied = next(name for name in named if named[name] is aliases[matched[0]])
+        return f"is tied to {tied!r}; give that name"
+    return f"matches only frozen parameters ({matched[0]!r}, …); call requires_grad_() on them"
 
 
 def block_names(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +16,13 @@ __all__ = ["map_tensors", "tensors", "to_device"]
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Return the batch with ``function`` applied to every tensor, its containers rebuilt.
 
-    Mappings, tuples, named tuples, lists and dataclasses are entered; all else is handed on.
+    Arrays count as tensors. Mappings, tuples, named tuples, lists and dataclasses are entered;
+    all else is handed on.
     """
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
+        return function(torch.from_numpy(np.array(batch)))
     if isinstance(batch, Mapping):
         items = {key: map_tensors(function, value) for key, value in batch.items()}
         return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
@@ -41,7 +45,7 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch on ``device``, with inference-mode tensors made ordinary ones."""
+    """Return the batch on ``device``, arrays as tensors, inference-mode tensors made ordinary."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = tensor.to(device, non_blocking=True)

@@ -1,0 +1,98 @@
+"""What a ``regularization`` parameter says for the blocks of a fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
+
+__all__ = ["block_regularizations", "checked_regularization", "resolve_regularization"]
+
+# "auto" regularization is this fraction of the mean of the Fisher's diagonal: the heuristic of
+# Kwon et al., "DataInf", ICLR 2024, section 5, and of influence functions by EK-FAC.
+_AUTO = 0.1
+
+
+def resolve_regularization(
+    value: Any, blocks: Mapping[str, int], traces: Sequence[float]
+) -> float | list[float]:
+    """Return λ as one number, or as one per block.
+
+    Parameters
+    ----------
+    value : "auto", float, mapping or sequence
+        As given by the user.
+    blocks : mapping of str to int
+        Number of parameters of each block.
+    traces : sequence of float
+        Trace of the Fisher over each block.
+
+    Raises
+    ------
+    IFVPUsageError
+        If the value is of another kind, negative, or not one per block.
+    SingularFisherError
+        If it is ``"auto"`` and all traces are zero.
+    """
+    if isinstance(value, str) and value == "auto":
+        values = _automatic(list(blocks.values()), traces)
+    else:
+        values = block_regularizations(value, list(blocks))
+    return values[0] if len(values) == 1 else values
+
+
+def block_regularizations(value: Any, blocks: Sequence[str]) -> list[float]:
+    """Return the numbers that a user gave: one, or one per block.
+
+    Raises
+    ------
+    IFVPUsageError
+        If they are negative, not numbers, or not one per block.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return [checked_regularization(value, "regularization")]
+    if isinstance(value, Mapping):
+        if set(value) != set(blocks):
+            raise IFVPUsageError(
+                f"regularization has keys {list(value)}; expected one per block: {list(blocks)}."
+            )
+        numbers = [value[block] for block in blocks]
+    elif isinstance(value, Tensor | np.ndarray | Sequence) and not isinstance(value, str):
+        numbers = list(value)
+        if len(numbers) != len(blocks):
+            raise IFVPUsageError(
+                f"regularization has {len(numbers)} values; expected one number, or one per "
+                f"block: {len(blocks)} ({', '.join(blocks)})."
+            )
+    else:
+        raise IFVPUsageError(
+            f"regularization={value!r}; expected 'auto', a number, or one number per block."
+        )
+    return [
+        checked_regularization(number, f"regularization of block {block!r}")
+        for block, number in zip(blocks, numbers, strict=True)
+    ]
+
+
+def checked_regularization(value: Any, what: str) -> float:
+    """Return a number that is finite and not negative, or raise what it is."""
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
+    return number
+
+
+def _automatic(sizes: Sequence[int], traces: Sequence[float]) -> list[float]:
+    whole = _AUTO * sum(traces) / sum(sizes)
+    if not whole > 0:
+        raise SingularFisherError(
+            "regularization='auto' is a fraction of the Fisher's trace, which is zero: every "
+            "gradient is zero. Give a number, or check that the loss depends on the parameters."
+        )
+    return [_AUTO * t / p if t > 0 else whole for t, p in zip(traces, sizes, strict=True)]
