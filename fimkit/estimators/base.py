@@ -31,7 +31,7 @@ from fimkit.gradients import (
     Objective,
     evaluating,
 )
-from fimkit.losses import LOSSES
+from fimkit.losses import LOSSES, Loss
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
 from fimkit.operators.memory import chunks
 
@@ -53,7 +53,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             "array-like",
             Mapping,
         ],
-        "loss": [StrOptions(set(LOSSES)), callable],
+        "loss": [StrOptions(set(LOSSES)), Loss, callable],
         "fisher": [StrOptions({"empirical", "mc", "exact", "predicted"})],
         "n_mc_samples": [Interval(Integral, 1, None, closed="left")],
         "parameters": [str, "array-like", None],

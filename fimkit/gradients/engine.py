@@ -202,12 +202,19 @@ class GradientEngine:
         if not self._fallback_names:
             return
         wrong: list[str] = []
+        problem: Exception | None = None
         for batch_dim in dict.fromkeys((self._fallback.batch_dim, 0, 1)):
-            self._fallback.batch_dim = batch_dim
-            rows = self._collect(run, [], self._fallback_rows(run)).rows()
+            self._fallback.try_dim(batch_dim)
+            try:
+                rows = self._collect(run, [], self._fallback_rows(run)).rows()
+            except (IFVPUsageError, RuntimeError, ValueError, IndexError) as error:
+                problem = problem or error  # cut along the wrong dimension, or truly a fault
+                continue
             wrong = check.disagreeing(rows, self._places(fallback=True))
             if not wrong:
                 return
+        if problem is not None and not wrong:
+            raise problem
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for "
             f"{', '.join(map(repr, wrong))}: the loss of one example depends on the others in its "
@@ -236,7 +243,7 @@ class GradientEngine:
             calls: list[Located] = []
             rows: Tensor | None = None
             if fallback.keys() >= set(group.names):
-                rows = torch.cat([fallback[name].flatten(2) for name in group.names], 2)
+                rows = torch.cat([fallback[name].reshape(*run.shape, -1) for name in group.names], 2)
             elif self._fallback_names.isdisjoint(group.names):
                 calls = [item for item in located if set(item.use.names) & set(group.names)]
             else:
@@ -253,7 +260,7 @@ def _padding_mask(batch: Any) -> Tensor | None:
 
 def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:
     """Stack the signals of all scalars, with zeros where one has none."""
-    given = [value for value in values if value is not None]
+    given = [value for value in values if value is not None and value.numel()]
     if not given:
         return None
     if len(values) == 1:

@@ -42,6 +42,11 @@ class FallbackGradients:
         #: Dimension of the batch's tensors that holds the examples, where it fits.
         self.batch_dim = 0
 
+    def try_dim(self, batch_dim: int) -> None:
+        """Look for the examples along another dimension of the batch's tensors."""
+        if batch_dim != self.batch_dim:
+            self.batch_dim, self.vectorized = batch_dim, True
+
     @property
     def description(self) -> str:
         """How gradients are obtained."""

@@ -108,7 +108,7 @@ class _Elementwise(Loss):
         if not isinstance(targets, Tensor):
             raise IFVPUsageError(f"{self.name} needs tensor targets; got {type(targets).__name__}.")
         if outputs.shape != targets.shape:
-            if outputs.squeeze(-1).shape != targets.squeeze(-1).shape:
+            if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
                 raise IFVPUsageError(
                     f"{self.name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
                     f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare "
@@ -264,6 +264,11 @@ class PoissonNLL(Loss):
 
     def _rates(self, outputs: Tensor) -> Tensor:
         return outputs.exp() if self._log_input else outputs
+
+
+def _without_last_one(shape: torch.Size) -> torch.Size:
+    """Return a shape without a last dimension of size 1 beyond the examples'."""
+    return shape[:-1] if len(shape) > 1 and shape[-1] == 1 else shape
 
 
 def _zero_at_mode(name: str) -> IFVPUsageError:
