@@ -48,6 +48,7 @@ class DampedCholesky:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self._kept: tuple[float, Tensor] | None = None
+        self._trace: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -80,10 +81,16 @@ class DampedCholesky:
         """Return ``log det(matrix + damping I)``."""
         return 2 * float(self.factor(damping).diagonal().log().sum())
 
+    def trace(self) -> float:
+        """Return the trace of the matrix."""
+        if self._trace is None:
+            self._trace = float(self.matrix.diagonal().sum())
+        return self._trace
+
     def is_singular(self, damping: float) -> bool:
         """Whether ``damping`` is too small for an inverse: λ_min + damping < m · eps · λ_max."""
         eps = torch.finfo(self.matrix.dtype).eps * self.matrix.shape[0]
-        if damping > eps * float(self.matrix.diagonal().sum()):  # the trace bounds λ_max
+        if damping > eps * self.trace():  # which bounds λ_max
             return False
         eigenvalues = torch.linalg.eigvalsh(self.matrix)
         return (

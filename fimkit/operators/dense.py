@@ -51,7 +51,7 @@ class DenseOperator(Operator):
 
     def trace(self) -> float:
         """Return the trace of ``F``."""
-        return float(self.matrix.diagonal().sum())
+        return self._cholesky.trace()
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""

@@ -57,8 +57,11 @@ def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
     IFVPUsageError
         If a matrix is not finite, by its name.
     """
-    for name, matrix in matrices.items():
-        if not bool(matrix.isfinite().all()):
+    device = next((matrix.device for matrix in matrices.values()), None)
+    sums = [matrix.sum().to(device) for matrix in matrices.values()]
+    finite = torch.stack(sums).isfinite().tolist() if sums else []
+    for (name, matrix), is_finite in zip(matrices.items(), finite, strict=True):
+        if not is_finite:
             raise IFVPUsageError(
                 f"a Kronecker factor of {name!r} is not finite: its inputs or gradients overflow "
                 f"{matrix.dtype}; fit with dtype=torch.float64, or scale the inputs."

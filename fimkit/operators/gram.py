@@ -92,7 +92,7 @@ class GramOperator(Operator):
 
     def trace(self) -> float:
         """Return the trace of ``F``."""
-        return float(self.gram.diagonal().sum())
+        return self._cholesky.trace()
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""

@@ -51,6 +51,7 @@ class EigenKroneckerOperator(Operator):
         self.input_basis = input_basis
         self.size = layout.size
         self.device = eigenvalues.device
+        self._range: tuple[float, float] | None = None
 
     @classmethod
     def diagonal_of(cls, diagonal: Tensor) -> EigenKroneckerOperator:
@@ -127,6 +128,7 @@ class EigenKroneckerOperator(Operator):
         return self.eigenvalues.to(accumulation_dtype(self.device)).flatten()
 
     def _check(self, damping: float) -> None:
-        least, largest = torch.aminmax(self.eigenvalues)
-        dtype = self.eigenvalues.dtype
-        check_eigenvalues(float(least), float(largest), damping, self.size, dtype)
+        if self._range is None:  # read once, so that solving never waits for it again
+            least, largest = torch.stack(torch.aminmax(self.eigenvalues)).tolist()
+            self._range = least, largest
+        check_eigenvalues(*self._range, damping, self.size, self.eigenvalues.dtype)
