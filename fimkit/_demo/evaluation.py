@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fimkit import Explicit, ModelData, influence
+from fimkit import EKFAC, KFAC, Diagonal, Explicit, ModelData, influence
 from fimkit._demo.digits import Digits
 from fimkit._demo.reference import Reference
 from fimkit.estimators.base import FisherEstimator
@@ -23,7 +23,12 @@ __all__ = ["METHODS", "Detection", "MethodResult", "baselines", "evaluate"]
 Numbers = npt.NDArray[np.float64]
 
 # Each method by its name, made from λ.
-METHODS: dict[str, Callable[[float], FisherEstimator]] = {"explicit": Explicit}
+METHODS: dict[str, Callable[[float], FisherEstimator]] = {
+    "explicit": Explicit,
+    "ekfac": EKFAC,
+    "kfac": KFAC,
+    "diagonal": Diagonal,
+}
 
 
 @dataclass(frozen=True)
