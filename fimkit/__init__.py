@@ -1,6 +1,6 @@
 """fimkit: Fisher information matrices of PyTorch models, and their inverses times vectors."""
 
-from fimkit import influence, losses
+from fimkit import functional, influence, losses
 from fimkit.data import ModelData
 from fimkit.estimators import EKFAC, KFAC, Diagonal, Explicit
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
@@ -13,6 +13,7 @@ __all__ = [
     "IFVPUsageError",
     "ModelData",
     "SingularFisherError",
+    "functional",
     "influence",
     "losses",
 ]

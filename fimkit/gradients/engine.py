@@ -243,7 +243,9 @@ class GradientEngine:
             calls: list[Located] = []
             rows: Tensor | None = None
             if fallback.keys() >= set(group.names):
-                rows = torch.cat([fallback[name].reshape(*run.shape, -1) for name in group.names], 2)
+                rows = torch.cat(
+                    [fallback[name].reshape(*run.shape, -1) for name in group.names], 2
+                )
             elif self._fallback_names.isdisjoint(group.names):
                 calls = [item for item in located if set(item.use.names) & set(group.names)]
             else:

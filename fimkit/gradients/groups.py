@@ -190,7 +190,7 @@ class GroupGradients:
             a = call.use.inputs(examples).to(self._like)
             if self.group.bias is not None:
                 meets_bias = call.use.bias is not None and call.use.bias.name == self.group.bias
-                a = torch.nn.functional.pad(a, (0, 1), value=float(meets_bias))
+                a = _with_column(a, float(meets_bias))
             inputs.append(a)
             s = call.use.signals(call.signals, examples).to(self._like)
             signals.append(s if call.use.weight.whole else call.use.weight.pad(s, -1))
@@ -278,6 +278,15 @@ class BatchGradients:
         # One NaN or infinity makes its sum NaN or infinite, in one pass without temporaries.
         sums = [tensor.sum().to(self.scalars.device) for tensor in (self.scalars, *checked)]
         return torch.stack([total.isfinite() for total in sums]).all()
+
+
+def _with_column(a: Tensor, value: float) -> Tensor:
+    """Append a constant to the last dimension of ``(m, T, groups, in)``, in its memory's order."""
+    if a.shape[1] > 1 and a.stride(1) == 1 and a.stride(3) != 1:  # positions fastest
+        return torch.nn.functional.pad(a.permute(0, 2, 3, 1), (0, 0, 0, 1), value=value).permute(
+            0, 3, 1, 2
+        )
+    return torch.nn.functional.pad(a, (0, 1), value=value)
 
 
 def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:

@@ -27,11 +27,18 @@ import torch
 from torch import Tensor
 
 from fimkit.gradients import GroupGradients
-from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout
+from fimkit.operators import EigenKroneckerOperator, FactoredRows, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
 from fimkit.operators.memory import chunks
+from fimkit.statistics.sides import Side, rotate
 
-__all__ = ["LayerStatistics", "WeightSharing", "layer_statistics", "set_eigenbases"]
+__all__ = [
+    "LayerStatistics",
+    "LinearStatistics",
+    "WeightSharing",
+    "layer_statistics",
+    "set_eigenbases",
+]
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -40,43 +47,6 @@ _LARGEST_SIDE = 16384
 
 # Bytes of per-example gradients at a time: enough for a matrix product, few enough for a cache.
 _SQUARES_BUDGET = 8 * 2**20
-
-
-class Side:
-    """The mean of outer products on one side of a layer, or only its diagonal.
-
-    Parameters
-    ----------
-    groups, size : int
-    like : Tensor
-        Dtype and device.
-    diagonal : bool
-        Whether only the diagonal is kept, so that the eigenbasis is the identity.
-    """
-
-    def __init__(self, groups: int, size: int, like: Tensor, *, diagonal: bool) -> None:
-        self.diagonal = diagonal
-        self._sum = like.new_zeros((groups, size) if diagonal else (groups, size, size))
-        self._count = like.new_zeros((), dtype=torch.float64 if like.device.type != "mps" else None)
-
-    def count(self, number: Tensor | int) -> None:
-        """Count what the mean is over."""
-        self._count += number
-
-    def add(self, vectors: Tensor) -> None:
-        """Add the outer products of ``(groups, r, size)`` vectors."""
-        if self.diagonal:
-            self._sum += vectors.square().sum(1)
-        else:
-            _add_products(self._sum, vectors, vectors)
-
-    def add_units(self, indices: Tensor, weights: Tensor) -> None:
-        """Add the outer products of weighted unit vectors, to a diagonal."""
-        self._sum[0].index_add_(0, indices, weights)
-
-    def mean(self) -> Tensor:
-        """Return the mean; zero where nothing was counted."""
-        return self._sum / self._count.clamp(min=1).to(self._sum.dtype)
 
 
 class LayerStatistics(ABC):
@@ -160,60 +130,82 @@ class LinearStatistics(LayerStatistics):
         """Add one batch to the two sides."""
         for call in group.calls:
             for part in group.parts([call]):
-                factors = group.factors(part, [call])
-                a, s = factors.inputs, factors.signals
-                count: Tensor | int = a.shape[0] * a.shape[1]
-                if mask is not None and mask.shape[1] == a.shape[1]:
-                    kept = mask[part].to(a)
-                    a = a * kept[:, :, None, None]
-                    s = s * kept[:, None, :, None, None]
-                    count = kept.sum()
-                    lengths: Tensor | int = kept.sum(1).clamp(min=1)[:, None, None, None]
-                else:
-                    lengths = a.shape[1]
-                if self._reduce:
-                    count = a.shape[0]
-                    a = a.sum(1, keepdim=True) / lengths
-                    s = s.sum(2, keepdim=True)
-                if weights is not None:
-                    s = s * weights[part].to(s).sqrt()[:, :, None, None, None]
-                self.input.add(a.permute(2, 0, 1, 3).flatten(1, 2))
-                self.input.count(count)
-                self.output.add(s.permute(3, 0, 1, 2, 4).flatten(1, 3))
+                rows = group.factors(part, [call])
+                self.add_positions(rows, _at(weights, part), _at(mask, part))
         self.output.count(group.n)
+
+    def add_positions(
+        self, rows: FactoredRows, weights: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Add the positions of one call to the two sides.
+
+        An example may meet several calls, so the caller counts the examples of the output side.
+
+        Parameters
+        ----------
+        rows : FactoredRows
+        weights : Tensor of shape (n, c), or None
+        mask : Tensor of shape (n, T), or None
+            As for `add_factors`, of the same examples as the rows.
+        """
+        a, s = rows.inputs, rows.signals
+        count: Tensor | int = a.shape[0] * a.shape[1]
+        if mask is not None and mask.shape[1] == a.shape[1]:
+            kept = mask.to(a)
+            a = a * kept[:, :, None, None]
+            s = s * kept[:, None, :, None, None]
+            count = kept.sum()
+            lengths: Tensor | int = kept.sum(1).clamp(min=1)[:, None, None, None]
+        else:
+            lengths = a.shape[1]
+        if self._reduce:
+            count = a.shape[0]
+            a = a.sum(1, keepdim=True) / lengths
+            s = s.sum(2, keepdim=True)
+        if weights is not None:
+            s = s * weights.to(s).sqrt()[:, :, None, None, None]
+        self.input.add(a.permute(2, 0, 1, 3))
+        self.input.count(count)
+        self.output.add(s.permute(3, 0, 1, 2, 4).flatten(1, 2))
 
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
         """Add one batch's squared per-example gradients in the eigenbasis."""
         for part in group.parts():
-            factors = group.factors(part)
-            a = factors.inputs.permute(2, 0, 1, 3)  # (groups, m, T, columns)
-            s = factors.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
-            w = s.new_ones(s.shape[1:3]) if weights is None else weights[part].to(s)
-            if factors.positions > 1:
-                self._add_sequences(a, s, w)
-                continue
-            a = _times(a[:, :, 0], self._input_basis).square_()
-            s = _times(s[:, :, :, 0], self._output_basis).square_()
-            s = s[:, :, 0] if weights is None and s.shape[2] == 1 else (w[:, :, None] * s).sum(2)
-            _add_products(self._eigenvalues, s, a)
+            self.add_squares(group.factors(part), _at(weights, part))
 
-    def _add_sequences(self, a: Tensor, s: Tensor, w: Tensor) -> None:
-        """Add squares of ``Σ_t s_t a_tᵀ``, rotated before or after the sum, whichever is less."""
-        out, columns, positions = self.layout.out, self.layout.columns, a.shape[2]
+    def add_squares(self, rows: FactoredRows, weights: Tensor | None) -> None:
+        """Add the squares of rows in the eigenbasis, the positions of all calls joined."""
+        a = rows.inputs.permute(2, 0, 1, 3)  # (groups, m, T, columns)
+        s = rows.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
+        shape = s.shape
+        w = s.new_ones(shape[1:3]) if weights is None else weights.to(s)
+        out, columns, positions = self.layout.out, self.layout.columns, rows.positions
         first = positions * (out**2 + columns**2) < out * columns * (out + columns)
-        output_basis, input_basis = self._output_basis, self._input_basis
-        if first:
-            a, s = _times(a, input_basis), _times(s, output_basis)
+        if first or positions == 1:
+            a = rotate(a, self._input_basis)
+            s = rotate(s.flatten(1, 2), self._output_basis).view(shape)
+        if positions > 1:
+            self._add_sequences(a, s, w, rotated=first)
+            return
+        s = s[:, :, :, 0].square_()
+        s = s[:, :, 0] if weights is None and shape[2] == 1 else (w[:, :, None] * s).sum(2)
+        a = a[:, :, 0].square_()
+        if len(a) == 1:
+            self._eigenvalues[0].addmm_(s[0].T, a[0])
+        else:
+            self._eigenvalues.baddbmm_(s.mT, a)
+
+    def _add_sequences(self, a: Tensor, s: Tensor, w: Tensor, *, rotated: bool) -> None:
+        """Add squares of ``Σ_t s_t a_tᵀ``, to be rotated where its factors are not yet."""
         each = self.layout.size * a.element_size()
         for j in range(s.shape[2]):
             for part in chunks(a.shape[1], each, budget=_SQUARES_BUDGET):
                 gradients = s[:, part, j].mT @ a[:, part]  # (groups, m, out, columns)
-                if not first and output_basis is not None:
-                    gradients = output_basis.mT[:, None] @ gradients
-                if not first:
-                    gradients = _times(gradients, input_basis)
-                squares = gradients.square_().flatten(2)
-                total = w[part, j] @ squares  # (groups, out * columns)
+                if not rotated:
+                    if self._output_basis is not None:
+                        gradients = self._output_basis.mT[:, None] @ gradients
+                    gradients = rotate(gradients, self._input_basis)
+                total = w[part, j] @ gradients.square_().flatten(2)  # (groups, out * columns)
                 self._eigenvalues += total.view_as(self._eigenvalues)
 
 
@@ -238,7 +230,7 @@ class LookupStatistics(LayerStatistics):
             s = s * kept[:, None, :, None]
         if weights is not None:
             s = s * weights.to(s).sqrt()[:, :, None, None]
-        self.input.add(s.flatten(0, 2)[None])
+        self.input.add(s.flatten(0, 1)[None])
         self.input.count(group.n)
         self.output.add_units(indices.flatten(), kept.flatten())
         self.output.count(kept.sum())
@@ -271,8 +263,8 @@ class TiedStatistics(LayerStatistics):
     ) -> None:
         """Add one batch to the two sides."""
         for gradients in self._matrices(group, weights):
-            self.input.add(gradients.flatten(0, 1)[None])
-            self.output.add(gradients.mT.flatten(0, 1)[None])
+            self.input.add(gradients[None])
+            self.output.add(gradients.mT[None])
         self.input.count(group.n)
         self.output.count(group.n)
 
@@ -347,18 +339,5 @@ def set_eigenbases(
     return eigenvalues
 
 
-def _add_products(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``leftᵀ right`` of ``(groups, r, m)`` tensors to ``out`` in place."""
-    if len(out) == 1:
-        out[0].addmm_(left[0].T, right[0])
-    else:
-        out.baddbmm_(left.mT, right)
-
-
-def _times(vectors: Tensor, basis: Tensor | None) -> Tensor:
-    """Multiply ``(groups, ..., m)`` vectors by ``(groups, m, m)`` bases, into a new tensor."""
-    if basis is None:
-        return vectors.clone()
-    flat = vectors.flatten(1, -2)
-    product = (flat[0] @ basis[0])[None] if len(basis) == 1 else flat @ basis
-    return product.view(vectors.shape)
+def _at(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]

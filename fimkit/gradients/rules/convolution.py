@@ -74,19 +74,29 @@ class ConvolutionUse(MatrixUse):
         self.lead = tuple(output.shape[:1]) if self._batched else ()
 
     def inputs(self, examples: Examples) -> Tensor:
-        """Return the patches, shape ``(m, T, groups, in)``."""
+        """Return the patches, shape ``(m, T, groups, in)``, positions fastest in memory."""
         x = examples.split(self.x, self.lead)
         m, calls = x.shape[:2]
         x = F.pad(x.flatten(0, 1), self._padding)
+        patches = self._patches(x).view(m, calls, self.layout.groups, self.layout.in_, -1)
+        return patches.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Return the patches of padded inputs, ``(N, channels * kernel, positions)``."""
         dims = len(self._kernel)
+        if dims < 3:
+            kernel, stride, dilation = (
+                (1,) * (2 - dims) + value for value in (self._kernel, self._stride, self._dilation)
+            )
+            x = x if dims == 2 else x[:, :, None]
+            return F.unfold(x, kernel, dilation=dilation, stride=stride)
         for dim in range(dims):
             window = (self._kernel[dim] - 1) * self._dilation[dim] + 1
             x = x.unfold(2 + dim, window, self._stride[dim])[..., :: self._dilation[dim]]
-        # (m * calls, channels, *positions, *kernel)
-        positions = math.prod(x.shape[2 : 2 + dims])
-        groups = self.layout.groups
-        x = x.reshape(m, calls, groups, -1, positions, math.prod(self._kernel))
-        return x.permute(0, 1, 4, 2, 3, 5).reshape(m, calls * positions, groups, self.layout.in_)
+        # (N, channels, *positions, *kernel)
+        channels_and_kernel = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        x = x.permute(channels_and_kernel)
+        return x.flatten(1, 1 + dims).flatten(2)
 
     def signals(self, signals: Tensor, examples: Examples) -> Tensor:
         """Return the gradients at the outputs, shape ``(m, c, T, groups, out)``."""

@@ -1,0 +1,83 @@
+"""Means of outer products, and products with bases, for tensors of per-example positions.
+
+Tensors here are ``(groups, n, T, m)``: T positions of n examples. A convolution's lie in memory
+with positions fastest, and stay so: a product per example takes them as they are, where one product
+over all positions would have to transpose them first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fimkit.operators.memory import chunks
+
+__all__ = ["Side", "rotate"]
+
+# Width of the panels by which a symmetric product is computed on and above its diagonal.
+_PANEL = 256
+
+
+class Side:
+    """The mean of outer products on one side of a layer, or only its diagonal.
+
+    Parameters
+    ----------
+    groups, size : int
+    like : Tensor
+        Dtype and device.
+    diagonal : bool
+        Whether only the diagonal is kept, so that the eigenbasis is the identity.
+    """
+
+    def __init__(self, groups: int, size: int, like: Tensor, *, diagonal: bool) -> None:
+        self.diagonal = diagonal
+        # Of a whole matrix only what is on and above the diagonal is kept up to date.
+        self._sum = like.new_zeros((groups, size) if diagonal else (groups, size, size))
+        self._count = like.new_zeros((), dtype=torch.float64 if like.device.type != "mps" else None)
+
+    def count(self, number: Tensor | int) -> None:
+        """Count what the mean is over."""
+        self._count += number
+
+    def add(self, vectors: Tensor) -> None:
+        """Add the outer products of ``(groups, n, T, size)`` vectors."""
+        if self.diagonal:
+            self._sum += vectors.square().sum((1, 2))
+        elif _positions_fastest(vectors):
+            size = vectors.shape[-1] ** 2 * len(vectors) * vectors.element_size()
+            for part in chunks(vectors.shape[1], size):
+                self._sum += (vectors[:, part].mT @ vectors[:, part]).sum(1)
+        elif len(vectors) == 1:
+            flat = vectors[0].flatten(0, 1)
+            for start in range(0, flat.shape[1], _PANEL):
+                panel = self._sum[0, start : start + _PANEL, start:]
+                panel.addmm_(flat[:, start : start + _PANEL].T, flat[:, start:])
+        else:
+            flat = vectors.flatten(1, 2)
+            self._sum.baddbmm_(flat.mT, flat)
+
+    def add_units(self, indices: Tensor, weights: Tensor) -> None:
+        """Add the outer products of weighted unit vectors, to a diagonal."""
+        self._sum[0].index_add_(0, indices, weights)
+
+    def mean(self) -> Tensor:
+        """Return the mean; zero where nothing was counted."""
+        mean = self._sum / self._count.clamp(min=1).to(self._sum.dtype)
+        return mean if self.diagonal else mean.triu() + mean.triu(1).mT
+
+
+def rotate(vectors: Tensor, basis: Tensor | None) -> Tensor:
+    """Multiply ``(groups, n, T, m)`` vectors by ``(groups, m, m)`` bases, into a new tensor."""
+    if basis is None:
+        return vectors.clone()
+    if len(basis) > 1:
+        return (vectors.flatten(1, 2) @ basis).view(vectors.shape)
+    if _positions_fastest(vectors):
+        bases = basis[0].T.expand(vectors.shape[1], -1, -1)
+        return torch.bmm(bases, vectors[0].mT).mT[None]
+    return (vectors[0].flatten(0, 1) @ basis[0]).view(vectors.shape)
+
+
+def _positions_fastest(vectors: Tensor) -> bool:
+    return vectors.shape[2] > 1 and vectors.stride(2) == 1 and vectors.stride(3) != 1
