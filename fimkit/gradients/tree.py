@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,11 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
         return function(torch.from_numpy(np.array(batch)))
     if isinstance(batch, Mapping):
         items = {key: map_tensors(function, value) for key, value in batch.items()}
-        return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return items
+        rebuilt = copy(batch)
+        rebuilt.update(items)
+        return rebuilt
     if isinstance(batch, tuple | list):
         values = [map_tensors(function, value) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)

@@ -16,8 +16,8 @@ def singular(damping: float, why: str) -> SingularFisherError:
     """Return the error for an inverse that does not exist in floating point."""
     return SingularFisherError(
         f"The Fisher information matrix damped with regularization={damping:g} is singular to "
-        f"working precision: {why}. Use a larger regularization, such as 'auto' or 1e-3 times "
-        "the mean of the Fisher's diagonal."
+        f"working precision: {why}. Use a larger regularization, such as a tenth of the mean of "
+        "the Fisher's diagonal."
     )
 
 
