@@ -179,12 +179,15 @@ class LinearStatistics(LayerStatistics):
         s = rows.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
         shape = s.shape
         w = s.new_ones(shape[1:3]) if weights is None else weights.to(s)
-        out, columns, positions = self.layout.out, self.layout.columns, rows.positions
-        first = positions * (out**2 + columns**2) < out * columns * (out + columns)
-        if first or positions == 1:
+        out = 0 if self._output_basis is None else self.layout.out
+        columns = 0 if self._input_basis is None else self.layout.columns
+        first = rows.positions * (out**2 + columns**2) < (
+            self.layout.out * self.layout.columns * (out + columns)
+        )
+        if first or rows.positions == 1:
             a = rotate(a, self._input_basis)
             s = rotate(s.flatten(1, 2), self._output_basis).view(shape)
-        if positions > 1:
+        if rows.positions > 1:
             self._add_sequences(a, s, w, rotated=first)
             return
         s = s[:, :, :, 0].square_()

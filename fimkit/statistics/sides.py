@@ -10,12 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fimkit.operators.memory import chunks
-
 __all__ = ["Side", "rotate"]
 
 # Width of the panels by which a symmetric product is computed on and above its diagonal.
-_PANEL = 256
+_PANEL = 192
 
 
 class Side:
@@ -44,18 +42,15 @@ class Side:
         """Add the outer products of ``(groups, n, T, size)`` vectors."""
         if self.diagonal:
             self._sum += vectors.square().sum((1, 2))
-        elif _positions_fastest(vectors):
-            size = vectors.shape[-1] ** 2 * len(vectors) * vectors.element_size()
-            for part in chunks(vectors.shape[1], size):
-                self._sum += (vectors[:, part].mT @ vectors[:, part]).sum(1)
-        elif len(vectors) == 1:
-            flat = vectors[0].flatten(0, 1)
-            for start in range(0, flat.shape[1], _PANEL):
-                panel = self._sum[0, start : start + _PANEL, start:]
-                panel.addmm_(flat[:, start : start + _PANEL].T, flat[:, start:])
-        else:
+        elif len(vectors) > 1:
             flat = vectors.flatten(1, 2)
             self._sum.baddbmm_(flat.mT, flat)
+        else:
+            per_example = _positions_fastest(vectors) and vectors.device.type == "cpu"
+            flat = vectors[0] if per_example else vectors[0].flatten(0, 1)[None]
+            for start in range(0, flat.shape[2], _PANEL):
+                panel = self._sum[0, start : start + _PANEL, start:]
+                panel.addbmm_(flat[:, :, start : start + _PANEL].mT, flat[:, :, start:])
 
     def add_units(self, indices: Tensor, weights: Tensor) -> None:
         """Add the outer products of weighted unit vectors, to a diagonal."""
