@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -70,6 +71,7 @@ class _KroneckerEstimator(FisherEstimator):
         self, run: Run, parts: _Parts, layers: dict[str, EigenKroneckerOperator]
     ) -> dict[str, Any]:
         """Return the fitted attributes, given the operators of the Kronecker layers."""
+        _refuse_overflow(layers)
         blocks: dict[str, tuple[Columns, Operator]] = {}
         coverage = dict(run.engine.coverage)
         for key, (columns, members) in parts.groups.items():
@@ -268,7 +270,8 @@ class EKFAC(_KroneckerEstimator):
         set_eigenbases(parts.layers)
         for gradients in passes.second():
             for group in gradients.groups:
-                parts.layers[group.key].add_eigenvalues(group, gradients.weights)
+                if group.key in parts.layers:
+                    parts.layers[group.key].add_eigenvalues(group, gradients.weights)
         layers = {name: layer.eigen_corrected(run.n) for name, layer in parts.layers.items()}
         return self._finish(run, parts, layers)
 
@@ -366,3 +369,14 @@ class Diagonal(FisherEstimator):
             "_blocks": {"all": Columns((slice(0, run.space.size),))},
             "_traces": [operator.trace()],
         }
+
+
+def _refuse_overflow(layers: Mapping[str, EigenKroneckerOperator]) -> None:
+    sums = [layer.eigenvalues.sum() for layer in layers.values()]
+    finite = torch.stack(sums).isfinite().tolist() if sums else []
+    for (key, layer), is_finite in zip(layers.items(), finite, strict=True):
+        if not is_finite:
+            raise IFVPUsageError(
+                f"the eigenvalues of {key!r} are not finite: its squared gradients overflow "
+                f"{layer.eigenvalues.dtype}; fit with dtype=torch.float64, or scale the loss."
+            )

@@ -29,7 +29,7 @@ from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.rules import Use
-from fimkit.gradients.verification import RandomSum, refuse_reentrant_checkpoint
+from fimkit.gradients.verification import RandomSum, graph_shape
 from fimkit.losses import Uniforms
 from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
@@ -47,6 +47,7 @@ class _Pass:
     weights: Tensor | None
     mask: Tensor | None
     uses: list[Use]
+    graph: frozenset[tuple[Any, int]]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,8 +56,8 @@ class _Pass:
 
     @property
     def key(self) -> Any:
-        """What layouts depend on: a lone example fits every layout, so it proves none."""
-        return self.shape[0] > 1, tuple(use.key for use in self.uses)
+        """What checks hold for: the graph, and that a lone example fits every layout."""
+        return self.shape[0] > 1, self.graph, tuple(use.key for use in self.uses)
 
 
 class GradientEngine:
@@ -143,10 +144,8 @@ class GradientEngine:
                 "or the loss detaches its result, for instance by torch.no_grad() or .item()."
             )
         mask = _padding_mask(batch) if mask is None else mask
-        run = _Pass(batch, labels, scalars, weights, mask, capture.uses)
-        if run.key not in self._layouts:
-            refuse_reentrant_checkpoint(scalars, capture.detached)
-        return run
+        graph = graph_shape(scalars, capture.detached)
+        return _Pass(batch, labels, scalars, weights, mask, capture.uses, graph)
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -164,7 +163,7 @@ class GradientEngine:
 
         Parameters that fail move to the fallback, which must pass the same check.
         """
-        check = RandomSum(run.scalars, run.uses, self._parameters)
+        check = RandomSum(run.scalars, run.uses, self._parameters, self._autocast.precision)
         layouts = [
             check.layout(i, use, signal)
             for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,16 +49,18 @@ class Located:
 
 
 def pair_parameters(
-    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
     uses: Sequence[Use],
     alone: set[str],
     blocks: Mapping[str, int] | None,
 ) -> list[Group]:
     """Group a bias with its weight wherever every use of the bias is with that weight.
 
+    Of a layer that no example has met yet, the two are paired by their names.
+
     Parameters
     ----------
-    names : iterable of str
+    shapes : mapping of str to tuple of int
         All parameters, in order.
     uses : sequence of Use
         Captured calls.
@@ -67,8 +69,8 @@ def pair_parameters(
     blocks : mapping of str to int, optional
         Block of each parameter; pairs lie within one block.
     """
-    names = list(names)
-    partners: dict[str, set[str | None]] = {name: set() for name in names}
+    partners: dict[str, set[str | None]] = {name: set() for name in shapes}
+    tables = {name for use in uses if isinstance(use, EmbeddingUse) for name in use.names}
     for use in uses:
         weight = use.weight if isinstance(use, MatrixUse) else None
         bias = use.bias if isinstance(use, MatrixUse) else None
@@ -76,15 +78,21 @@ def pair_parameters(
             is_bias = bias is not None and bias.name == name
             partners[name].add(weight.name if is_bias and weight is not None else None)
     bias_of: dict[str, str] = {}
-    for name in names:
+    for name in shapes:
         weights = partners[name]
         weight_name = next(iter(weights)) if len(weights) == 1 else None
-        if weight_name is None or weight_name in bias_of or {name, weight_name} & alone:
+        if not weights and name.endswith("bias"):
+            sibling = name.removesuffix("bias") + "weight"
+            unmet = sibling in shapes and len(shapes[sibling]) > 1 and not partners[sibling]
+            weight_name = sibling if unmet else None
+        if weight_name is None or weight_name in bias_of:
+            continue
+        if {name, weight_name} & alone or weight_name in tables:
             continue
         if blocks is None or blocks[name] == blocks[weight_name]:
             bias_of[weight_name] = name
     biases = set(bias_of.values())
-    return [Group(name, bias_of.get(name)) for name in names if name not in biases]
+    return [Group(name, bias_of.get(name)) for name in shapes if name not in biases]
 
 
 class GroupGradients:
@@ -198,10 +206,10 @@ class GroupGradients:
             return FactoredRows(inputs[0], signals[0], self.layout)
         return FactoredRows(torch.cat(inputs, 1), torch.cat(signals, 2), self.layout)
 
-    def lookups(self) -> LookupRows | None:
-        """Return the positions of all lookups of a table, or None if not all calls are lookups."""
+    def lookups(self, calls: Sequence[Located] | None = None) -> LookupRows | None:
+        """Return the positions of lookups of a table, all or some; None if not all are lookups."""
         parts = []
-        for call in self.calls:
+        for call in self.calls if calls is None else calls:
             if not isinstance(call.use, EmbeddingUse):
                 return None
             whole = Examples(call.layout, self.n, slice(0, self.n))

@@ -62,7 +62,7 @@ class Objective:
                     f"example here (one per output, or per token and class), above the limit of "
                     f"{_MAX_ROWS}; use fisher='mc', whose mean it is."
                 )
-            return rows, weights.detach(), None
+            return rows, weights.detach(), self._mask(outputs, labels[0])
         results = [self._losses(outputs, targets) for targets in labels]
         losses = [values for values, _ in results]
         mask = results[0][1]
@@ -74,6 +74,13 @@ class Objective:
     def of(self, model: nn.Module, batch: Any, labels: list[Any]) -> Tensor:
         """Run the model and return the ``(B, c)`` scalars at given labels."""
         return self.scalars(self.loss.outputs(model, batch), labels)[0]
+
+    def _mask(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Return the mask that the loss tells beside its values, where it has any."""
+        if type(self.loss).losses is Loss.losses:
+            return None
+        with torch.no_grad():
+            return self._losses(outputs, targets)[1]
 
     def _losses(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
         losses = self.loss.losses(outputs, targets)

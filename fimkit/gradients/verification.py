@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
 from fimkit.operators import RowMatrix
 
-__all__ = ["RandomSum", "refuse_reentrant_checkpoint"]
+__all__ = ["RandomSum", "graph_shape"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -31,11 +32,18 @@ class RandomSum:
         Captured calls.
     parameters : mapping of str to Tensor
         The tracked parameters.
+    precision : torch.dtype, optional
+        The coarsest dtype in which the model computes, where that is not its parameters'.
     """
 
     def __init__(
-        self, scalars: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor]
+        self,
+        scalars: Tensor,
+        uses: Sequence[Use],
+        parameters: Mapping[str, Tensor],
+        precision: torch.dtype | None = None,
     ) -> None:
+        self._precision = set() if precision is None else {precision}
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64)
         self.coefficients = random.to(scalars)
@@ -65,7 +73,7 @@ class RandomSum:
         observed = self._signals[i]
         if signals is None or observed is None:
             return candidates[0] if candidates else BatchLayout(None)
-        tolerance = _tolerance(observed.dtype)
+        tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
         weights = self.coefficients.to(signals)
         for layout in candidates:
             expected = sum(
@@ -89,7 +97,7 @@ class RandomSum:
         """
         if not rows.groups:
             return []
-        dtypes = {gradient.dtype for gradient in self._parameters.values()}
+        dtypes = {gradient.dtype for gradient in self._parameters.values()} | self._precision
         tolerance = max(_tolerance(dtype) for dtype in (*dtypes, *_dtypes(rows)))
         floor = min(tolerance, 100 * max(torch.finfo(dtype).eps for dtype in dtypes))
         everything = sum(_norm(gradient) ** 2 for gradient in self._parameters.values()) ** 0.5
@@ -115,31 +123,48 @@ class RandomSum:
         return sums, magnitudes
 
 
-def refuse_reentrant_checkpoint(scalars: Tensor, detached: Iterable[str]) -> None:
-    """Raise if part of the graph is a reentrant checkpoint, which hides its layers.
+def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, int]]:
+    """Count what the autograd graph is made of, so that a use that was not seen before shows.
 
     Parameters
     ----------
-    scalars : Tensor
+    end : Tensor
         The end of the graph.
     detached : iterable of str
-        Parameters met without gradients, which name the checkpointed part.
+        Parameters met without gradients, which name a checkpointed part.
+
+    Returns
+    -------
+    frozenset of (str or int, int)
+        How many nodes of each name there are, and how many edges lead to each parameter.
+
+    Raises
+    ------
+    IFVPUsageError
+        If part of the graph is a reentrant checkpoint, which hides its layers.
     """
+    counts: Counter[Any] = Counter()
     seen: set[Any] = set()
-    stack = [scalars.grad_fn]
+    stack = [end.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "CheckpointFunctionBackward":
-            where = f" around {', '.join(sorted(detached))}" if detached else ""
-            raise IFVPUsageError(
-                f"the model uses reentrant activation checkpointing{where}, which hides its "
-                "layers from autograd.grad; pass use_reentrant=False to "
-                "torch.utils.checkpoint.checkpoint."
-            )
         seen.add(node)
-        stack.extend(after for after, _ in node.next_functions)
+        counts[node.name()] += 1
+        for after, _ in node.next_functions:
+            variable = getattr(after, "variable", None)
+            if variable is None:
+                stack.append(after)
+            else:
+                counts[id(variable)] += 1
+    if "CheckpointFunctionBackward" in counts:
+        where = f" around {', '.join(sorted(detached))}" if detached else ""
+        raise IFVPUsageError(
+            f"the model uses reentrant activation checkpointing{where}, which hides its layers "
+            "from autograd.grad; pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        )
+    return frozenset(counts.items())
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -98,7 +98,7 @@ class EigenKroneckerOperator(Operator):
             squares = self._rotate(vectors).flatten(1).to(wide).square_()
             return squares, squares.new_zeros(len(squares))
 
-        return EigenSpectrum(self._wide_eigenvalues(), 0, coordinates)
+        return EigenSpectrum(self._wide_eigenvalues(), 0, coordinates, self.eigenvalues.dtype)
 
     def to_dense(self) -> Tensor:
         """Return ``F`` as a ``(p, p)`` tensor."""

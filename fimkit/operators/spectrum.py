@@ -38,6 +38,8 @@ class EigenSpectrum(Spectrum):
     coordinates : callable
         Takes ``(k, p)`` vectors to ``(k, m)`` squared coordinates and the ``(k,)`` squared norms
         of what they leave out.
+    precision : torch.dtype, optional
+        What the eigenvalues were computed in, where that is coarser than their dtype.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class EigenSpectrum(Spectrum):
         eigenvalues: Tensor,
         rest: int,
         coordinates: Callable[[Tensor], tuple[Tensor, Tensor]],
+        precision: torch.dtype | None = None,
     ) -> None:
         self._eigenvalues = eigenvalues
         self._rest = rest
         self._coordinates = coordinates
+        self._precision = precision or eigenvalues.dtype
 
     def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
         """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors, shape ``(L, k)``."""
@@ -73,4 +77,4 @@ class EigenSpectrum(Spectrum):
         values = self._eigenvalues
         least = 0.0 if self._rest or not len(values) else float(values.min())
         largest = float(values.max()) if len(values) else 0.0
-        check_eigenvalues(least, largest, damping, len(values) + self._rest, values.dtype)
+        check_eigenvalues(least, largest, damping, len(values) + self._rest, self._precision)

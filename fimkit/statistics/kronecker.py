@@ -213,10 +213,17 @@ class LinearStatistics(LayerStatistics):
 
 
 class LookupStatistics(LayerStatistics):
-    """A table that is looked up: the vocabulary's side is diagonal, as one-hot inputs are."""
+    """A table that is looked up: the vocabulary's side is diagonal, as one-hot inputs are.
 
-    def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
+    Parameters
+    ----------
+    layout, like, weight_sharing
+        As for `LinearStatistics`.
+    """
+
+    def __init__(self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing) -> None:
         super().__init__(layout, like)
+        self._reduce = weight_sharing == "reduce"
         self.output = Side(1, layout.out, like, diagonal=True)
         self.input = Side(1, layout.columns, like, diagonal=False)
 
@@ -224,19 +231,32 @@ class LookupStatistics(LayerStatistics):
         self, group: GroupGradients, weights: Tensor | None, mask: Tensor | None
     ) -> None:
         """Add one batch to the two sides."""
-        rows = group.lookups()
-        assert rows is not None
-        s, indices = rows.signals, rows.indices
-        kept = torch.ones_like(indices, dtype=s.dtype)
-        if mask is not None and mask.shape == indices.shape:
-            kept = mask.to(s)
-            s = s * kept[:, None, :, None]
-        if weights is not None:
-            s = s * weights.to(s).sqrt()[:, :, None, None]
-        self.input.add(s.flatten(0, 1)[None])
+        for call in group.calls:
+            rows = group.lookups([call])
+            assert rows is not None
+            s, indices = rows.signals, rows.indices
+            kept = torch.ones_like(indices, dtype=s.dtype)
+            if mask is not None and mask.shape == indices.shape:
+                kept = mask.to(s)
+                s = s * kept[:, None, :, None]
+            if weights is not None:
+                s = s * weights.to(s).sqrt()[:, :, None, None]
+            if self._reduce:
+                s = s.sum(2, keepdim=True)
+                self._add_mean_units(indices, kept)
+            else:
+                self.output.add_units(indices.flatten(), kept.flatten())
+            self.output.count(group.n if self._reduce else kept.sum())
+            self.input.add(s.flatten(0, 1)[None])
         self.input.count(group.n)
-        self.output.add_units(indices.flatten(), kept.flatten())
-        self.output.count(kept.sum())
+
+    def _add_mean_units(self, indices: Tensor, kept: Tensor) -> None:
+        """Add the squared shares of each example's positions that look up each table row."""
+        for part in chunks(len(indices), indices.shape[1] ** 2 * 2 * kept.element_size()):
+            same = indices[part, :, None] == indices[part, None, :]
+            counts = (same * kept[part, None, :]).sum(2) * kept[part]
+            shares = counts / kept[part].sum(1, keepdim=True).clamp(min=1) ** 2
+            self.output.add_units(indices[part].flatten(), shares.flatten())
 
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
         """Add one batch's squared per-example gradients in the eigenbasis."""
@@ -300,8 +320,9 @@ def layer_statistics(
         return LinearStatistics(group.layout, like, weight_sharing)
     if group.table is None:
         return None
-    kind = TiedStatistics if group.lookups() is None else LookupStatistics
-    return kind(group.table, like)
+    if group.lookups() is None:
+        return TiedStatistics(group.table, like)
+    return LookupStatistics(group.table, like, weight_sharing)
 
 
 def set_eigenbases(
