@@ -28,14 +28,7 @@ Run from the repository root, one fresh process a run, with nothing else running
 """
 
 import argparse
-import contextlib
 import copy
-import ctypes
-import gc
-import os
-import platform
-import resource
-import sys
 import time
 
 import torch
@@ -44,7 +37,7 @@ from torch.func import functional_call, jvp
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-MIB = 2**20
+from benchmarks.common import MIB, PeakMemory, machine
 
 
 def make_problem(n_examples, width, seed):
@@ -74,48 +67,6 @@ def make_vectors(model, x, y, k):
         gradients = torch.autograd.grad(cross_entropy(model(x[i : i + 1]), y[i : i + 1]), params)
         torch.cat([g.flatten() for g in gradients], out=row)
     return vectors
-
-
-def current_rss():
-    """Return the resident set now, in bytes, or None where the system does not say."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None
-
-
-def highest_rss():
-    """Return the highest resident set of the process's life, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def return_free_memory():
-    """Give freed memory back to the system, so that no computation gets it for nothing."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def reset_peak():
-    """Forget the kernel's record of the highest resident set; return whether that worked."""
-    try:
-        with open("/proc/self/clear_refs", "w") as clear_refs:
-            clear_refs.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_rss(was_reset):
-    """Return the highest resident set since ``reset_peak``, in bytes."""
-    if was_reset:
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    return highest_rss()
 
 
 def fisher_product(model, x, y, u, batch_size=250):
@@ -183,22 +134,19 @@ def main():
     )
     own = vectors.nbytes
 
-    return_free_memory()
-    was_reset = reset_peak()
-    baseline = current_rss() or highest_rss()
+    memory = PeakMemory()
     start = time.perf_counter()
     estimator = Explicit(regularization=damping).fit(model, loader)
     fit_seconds = time.perf_counter() - start
-    fit_peak = peak_rss(was_reset)
+    fit_peak = memory.peak()
     estimator.transform(vectors[:1])
     first_seconds = time.perf_counter() - start
     start = time.perf_counter()
     results = estimator.transform(vectors)
     transform_seconds = time.perf_counter() - start
-    peak = peak_rss(was_reset)
+    peak = memory.peak()
 
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch threads {torch.get_num_threads()}")
-    print(f"python {platform.python_version()}, torch {torch.__version__}")
+    print(machine())
     print(
         f"p = {p:,}  n = {len(x):,}  k = {k} ({n_random} random, {k - n_random} training gradients)"
         f"  batch size = {args.batch_size}  lambda = {damping:.3g}  {args.model_dtype} model"
@@ -207,15 +155,13 @@ def main():
     print(f"  fit                                  {fit_seconds:9.2f}")
     print(f"  fit and the first vector             {first_seconds:9.2f}")
     print(f"  transform of all {k:<4} afterwards     {transform_seconds:9.2f}")
-    print(
-        "\nMiB" + ("" if was_reset else " (peak could not be reset: highest of the process's life)")
-    )
+    print("\nMiB" + ("" if memory.was_reset else " (peak of the process's whole life)"))
     for label, size in (
         ("the vectors' own size", own),
-        ("baseline: model, data, vectors", baseline),
-        ("peak of fit above baseline", fit_peak - baseline),
-        ("peak above baseline", peak - baseline),
-        ("peak above twice the vectors' own size", peak - baseline - results.nbytes),
+        ("baseline: model, data, vectors", memory.baseline),
+        ("peak of fit above baseline", fit_peak - memory.baseline),
+        ("peak above baseline", peak - memory.baseline),
+        ("peak above twice the vectors' own size", peak - memory.baseline - results.nbytes),
     ):
         print(f"  {label:40}{size / MIB:9.1f}")
 

@@ -28,19 +28,15 @@ Run from the repository root, with nothing else running::
 
 import argparse
 import copy
-import gc
-import importlib
-import importlib.metadata
-import os
-import platform
 import statistics
-import time
 
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.common import installed, machine, spread, table, timed, turns
 
 
 def make_problem(n_examples, seed):
@@ -126,34 +122,6 @@ CONTENDERS = {
 }
 
 
-def available_contenders():
-    """Return the contenders that can be imported, noting the ones that cannot."""
-    found = {}
-    for name, make in CONTENDERS.items():
-        try:
-            found[name] = make()
-        except ImportError as error:
-            print(f"skipped {name}: {error}")
-    return found
-
-
-def version(package):
-    """Return the version of ``package``, imported or installed."""
-    module = importlib.import_module(package)
-    return getattr(module, "__version__", None) or importlib.metadata.version(package)
-
-
-def measure(contender, model, loader, vectors, damping):
-    """Return seconds of build and of solve, and the result, for one run of one contender."""
-    build, solve = contender
-    gc.collect()
-    start = time.perf_counter()
-    built = build(model, loader, damping)
-    middle = time.perf_counter()
-    result = solve(built, vectors, damping)
-    return middle - start, time.perf_counter() - middle, result
-
-
 def relative_errors(result, reference):
     """Return the relative error of each row."""
     return (result.double() - reference).norm(dim=1) / reference.norm(dim=1)
@@ -163,12 +131,6 @@ def summary(errors):
     """Return the largest and the median of a list of tensors of errors as text."""
     errors = torch.cat(errors)
     return f"{errors.max().item():9.1e} {errors.median().item():9.1e}"
-
-
-def spread(seconds):
-    """Return the median, minimum and maximum as text."""
-    values = (statistics.median(seconds), min(seconds), max(seconds))
-    return " ".join(f"{value:7.3f}" for value in values)
 
 
 def main():
@@ -199,44 +161,35 @@ def main():
     floor = [relative_errors(from_rounded, reference)]
     del rounded, from_rounded
 
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch threads {torch.get_num_threads()}")
-    print(f"python {platform.python_version()}, torch {torch.__version__}")
-    contenders = available_contenders()
-    for name in ("fimkit", "nngeometry"):
-        if name in contenders:
-            print(f"{name} {version(name)}")
+    print(machine())
+    names = installed(CONTENDERS)
     print(
         f"p = {p:,}  n = {len(x):,}  k = {len(vectors)} training gradients  "
         f"batch size = {args.batch_size}  lambda = {damping:.3g}  repeats = {args.repeats}"
     )
 
-    times = {name: {"build": [], "solve": [], "total": []} for name in contenders}
-    errors = {name: [] for name in contenders}
-    for round_ in range(args.repeats + 1):
-        names = list(contenders)
-        turn = round_ % len(names)
-        for name in names[turn:] + names[:turn]:
-            build, solve, result = measure(contenders[name], model, loader, vectors, damping)
-            if round_ == 0:
-                continue
-            times[name]["build"].append(build)
-            times[name]["solve"].append(solve)
-            times[name]["total"].append(build + solve)
+    seconds = {name: [] for name in names}  # of each run: build, solve, both
+    errors = {name: [] for name in names}
+    contenders = {name: CONTENDERS[name]() for name in names}
+    for round_, name in turns(names, args.repeats):
+        build, solve = contenders[name]
+        building, _, built = timed(build, model, loader, damping)
+        solving, _, result = timed(solve, built, vectors, damping)
+        if round_:
+            seconds[name].append((building, solving, building + solving))
             errors[name].append(relative_errors(result, reference))
 
     print("\nseconds: median, minimum, maximum; relative error: largest, median")
-    print(f"{'':12}{'build':>23}   {'solve':>23}   {'total':>23}   {'error':>19}")
-    for name, stages in times.items():
-        columns = "   ".join(spread(stages[stage]) for stage in ("build", "solve", "total"))
-        print(f"{name:12}{columns}   {summary(errors[name])}")
-    print(f"{'floor':90}{summary(floor)}")
-    if "fimkit" in times:
-        ours = statistics.median(times["fimkit"]["total"])
+    rows = [("", "build", "solve", "total", "error")]
+    for name in names:
+        rows.append((name, *map(spread, zip(*seconds[name], strict=True)), summary(errors[name])))
+    table([*rows, ("floor", "", "", "", summary(floor))], spreads=3, width=24)
+    if "fimkit" in names:
+        totals = {name: statistics.median(run[2] for run in seconds[name]) for name in names}
         print("\nratio of median totals to fimkit's (above 1: fimkit is faster)")
-        for name in times:
+        for name in names:
             if name != "fimkit":
-                ratio = statistics.median(times[name]["total"]) / ours
-                print(f"{name:12}{ratio:7.2f}")
+                print(f"{name:12}{totals[name] / totals['fimkit']:7.2f}")
 
 
 if __name__ == "__main__":

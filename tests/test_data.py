@@ -1,0 +1,221 @@
+"""`ModelData`: a model with data that scikit-learn can slice."""
+
+from collections import UserDict
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import KFold, StratifiedKFold
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from fimkit import IFVPUsageError, ModelData
+
+N = 10
+X = torch.arange(3.0 * N).view(N, 3)
+Y = torch.arange(N) % 3
+
+
+class Pairs(Dataset):
+    """Examples as tuples of a tensor and an integer."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return X[index], int(Y[index])
+
+
+class Mappings(Pairs):
+    def __getitem__(self, index):
+        return UserDict(x=X[index], labels=Y[index])
+
+
+class Texts(Pairs):
+    """Examples that only a collate function makes batches of."""
+
+    def __getitem__(self, index):
+        return "a" * (index + 1), int(Y[index])
+
+
+def lengths(examples):
+    return torch.tensor([[float(len(text))] * 3 for text, _ in examples]), torch.tensor(
+        [target for _, target in examples]
+    )
+
+
+@pytest.fixture
+def model():
+    return nn.Linear(3, 2)
+
+
+def inputs(data):
+    """Return the first feature of every example, which is three times its position."""
+    return [int(value) // 3 for x, *_ in data.batches() for value in x[:, 0]]
+
+
+SOURCES = {
+    "dataset": lambda: Pairs(),
+    "tensor dataset": lambda: TensorDataset(X, Y),
+    "tensors": lambda: (X, Y),
+    "list of tensors": lambda: [X, Y],
+    "arrays": lambda: (X.numpy(), Y.numpy()),
+    "loader": lambda: DataLoader(Pairs(), batch_size=4),
+    "subset": lambda: Subset(Pairs(), range(N)),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources(model, source):
+    data = ModelData(model, SOURCES[source](), batch_size=4)
+    assert len(data) == N
+    assert inputs(data) == list(range(N))
+    assert [len(y) for _, y in data.batches()] == [4, 4, 2]
+    assert data.targets.tolist() == Y.tolist()
+    assert data[3:5].targets.tolist() == [0, 1]
+
+
+def test_shape_counts_trainable_parameters(model):
+    assert ModelData(model, (X, Y)).shape == (N, 8)
+    assert ModelData(model, (X, Y)).ndim == 2
+    model.bias.requires_grad_(False)
+    assert ModelData(model, (X, Y)).shape == (N, 6)
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    assert ModelData(tied, (X, Y)).shape == (N, 15)
+
+
+def test_loaders_bring_batch_size_and_collate_function(model):
+    data = ModelData(model, DataLoader(Texts(), batch_size=3, collate_fn=lengths))
+    assert data.batch_size == 3
+    assert [x[:, 0].tolist() for x, _ in data[:4].batches()] == [[1, 2, 3], [4]]
+    assert data.targets.tolist() == Y.tolist()
+    own = ModelData(model, Texts(), batch_size=2, collate_fn=lengths)
+    assert [len(y) for _, y in own[5:].batches()] == [2, 2, 1]
+
+
+def test_targets_of_mappings(model):
+    assert ModelData(model, Mappings())[::-1].targets.tolist() == Y.tolist()[::-1]
+
+
+def test_targets_of_several_numbers(model):
+    data = ModelData(model, (X, torch.arange(20).view(N, 2)))
+    assert data[[1]].targets.tolist() == [[2, 3]]
+
+
+MASK = np.arange(N) % 4 == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (3, [3]),
+        (-1, [9]),
+        (np.int64(2), [2]),
+        (slice(2, 5), [2, 3, 4]),
+        (slice(None, None, -4), [9, 5, 1]),
+        (slice(8, 99), [8, 9]),
+        ([4, 1, 4], [4, 1, 4]),
+        ([-2, 0], [8, 0]),
+        ((range(3, 5), slice(None)), [3, 4]),
+        (np.array([7, 2]), [7, 2]),
+        (np.array([7, 2], dtype=np.uint8), [7, 2]),
+        (torch.tensor([7, 2]), [7, 2]),
+        (MASK, [1, 5, 9]),
+        (MASK.tolist(), [1, 5, 9]),
+        (torch.from_numpy(MASK), [1, 5, 9]),
+        ((MASK, ...), [1, 5, 9]),
+        ((np.array([7, 2]), slice(None)), [7, 2]),
+        ((..., slice(None)), list(range(N))),
+        (..., list(range(N))),
+        ([], []),
+        (np.array([], dtype=int), []),
+        (slice(4, 4), []),
+    ],
+    ids=repr,
+)
+def test_indexing(model, key, expected):
+    data = ModelData(model, Pairs(), batch_size=4)
+    part = data[key]
+    assert isinstance(part, ModelData)
+    assert part.model is model
+    assert part.shape == (len(expected), 8)
+    assert part.indices.tolist() == expected
+    if expected:
+        assert inputs(part) == expected
+        assert part.targets.tolist() == Y[expected].tolist()
+    assert len(data) == N
+
+
+def test_slices_of_slices(model):
+    part = ModelData(model, Pairs())[[8, 6, 4, 2]]
+    assert part[1:].indices.tolist() == [6, 4, 2]
+    assert part[-1].indices.tolist() == [2]
+    assert part[[True, False, False, True]][::-1].indices.tolist() == [2, 8]
+
+
+def test_indices(model):
+    assert ModelData(model, Pairs(), indices=[3, -1]).indices.tolist() == [3, 9]
+    assert len(ModelData(model, Pairs(), indices=[])) == 0
+
+
+def test_splits_of_scikit_learn(model):
+    data = ModelData(model, Pairs())
+    for train, test in KFold(3, shuffle=True, random_state=0).split(data):
+        assert sorted([*data[train].indices, *data[test].indices]) == list(range(N))
+    for _, test in StratifiedKFold(3).split(data, data.targets):
+        assert set(data[test].targets) == {0, 1, 2}
+
+
+def test_repr(model):
+    assert repr(ModelData(model, (X, Y))) == "ModelData(Linear, n=10, p=8)"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, Y, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "message"),
+    [
+        ((X, Y[:-1]), {}, r"arrays of lengths \[10, 9\]"),
+        ((X, torch.tensor(1)), {}, r"arrays of lengths \[10, 0\]"),
+        (Stream(), {}, "must have a length and be indexable; got Stream"),
+        (DataLoader(Stream()), {}, "must have a length and be indexable; got Stream"),
+        (zip(X, Y, strict=True), {}, "must have a length and be indexable; got zip"),
+        (None, {}, "must have a length and be indexable; got NoneType"),
+        ((X, Y), {"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
+        ((X, Y), {"batch_size": 2.0}, "batch_size must be an integer of at least 1; got 2.0"),
+        ((X, Y), {"batch_size": True}, "batch_size must be an integer"),
+        ((X, Y), {"indices": [[1]]}, r"1-D sequence of integers; got shape \(1, 1\)"),
+        ((X, Y), {"indices": [0.5]}, "1-D sequence of integers.*float64"),
+        ((X, Y), {"indices": [0, 10]}, "from 0 to 10, outside a dataset of 10"),
+        ((X, Y), {"indices": [-11]}, "from -11 to -11, outside a dataset of 10"),
+    ],
+)
+def test_errors(model, dataset, settings, message):
+    with pytest.raises(IFVPUsageError, match=message):
+        ModelData(model, dataset, **settings)
+
+
+def test_errors_of_the_model():
+    with pytest.raises(IFVPUsageError, match=r"torch\.nn\.Module; got TensorDataset"):
+        ModelData(TensorDataset(X, Y), nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (10, IndexError, r"length 10 with 10"),
+        ([0, 11], IndexError, "length 10"),
+        ([True] * 9, IndexError, "length 10"),
+        (1.5, IndexError, "length 10"),
+        ("0", IndexError, "length 10"),
+        ((slice(None), 2), IFVPUsageError, "sliced by examples only"),
+        ((slice(None), [0, 1]), IFVPUsageError, "sliced by examples only"),
+    ],
+)
+def test_errors_of_indexing(model, key, error, message):
+    with pytest.raises(error, match=message):
+        ModelData(model, Pairs())[key]

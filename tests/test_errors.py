@@ -1,0 +1,392 @@
+"""Bad input is refused by name, and leaves estimator and model as they were."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.utils._param_validation import InvalidParameterError
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
+from tests.cases import Apply, mlp, points, split
+from tests.state import unchanged
+
+N = 6
+
+
+def batch():
+    return points()(N, torch.Generator().manual_seed(0))
+
+
+def model():
+    torch.manual_seed(0)
+    return mlp().double()
+
+
+def spoiled(value, where=4):
+    """Return batches of two with one bad number."""
+    x, y = batch()
+    x[where, 1] = value
+    return split((x, y), N, 2)
+
+
+def exhausted():
+    batches = iter(split(batch(), N, 2))
+    assert list(batches)
+    return batches
+
+
+def frozen():
+    return model().requires_grad_(False)
+
+
+def with_layer(layer):
+    return nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 3)).double()
+
+
+def of_outputs(function):
+    """Return a model whose outputs are changed by a function."""
+    return Apply(lambda self, x: function(self.inner(x)), inner=model())
+
+
+def of_targets(function):
+    x, y = batch()
+    return [(x, function(y))]
+
+
+def scalar_loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def column_loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")[:, None]
+
+
+def number_loss(model, batch):
+    return 1.0
+
+
+def detached_loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none").detach()
+
+
+def infinite_loss(model, batch):
+    return (model(batch[0])[:, 0] * 0).log()
+
+
+# What is given to the estimator and to its fit, by name, and the message that answers it.
+FAILURES = {
+    # data
+    "no data": ({}, lambda: (model(),), r"fit\(model\) has no data; call fit\(model, dataloader\)"),
+    "no batches": ({}, lambda: (model(), []), "no batches; give at least one example"),
+    "an empty loader": (
+        {},
+        lambda: (model(), DataLoader(TensorDataset(torch.ones(0, 5), torch.ones(0)))),
+        "no batches; give at least one example",
+    ),
+    "no examples of a ModelData": (
+        {},
+        lambda: (ModelData(model(), batch())[:0],),
+        "no batches; give at least one example",
+    ),
+    "an exhausted iterator": ({}, lambda: (model(), exhausted()), "iterated over before is empty"),
+    "a batch without examples": (
+        {},
+        lambda: (model(), [batch(), (torch.ones(0, 5).double(), torch.ones(0).long())]),
+        "batch 1 has no examples",
+    ),
+    "a dataset": (
+        {},
+        lambda: (model(), TensorDataset(*batch())),
+        r"dataloader is a dataset \(TensorDataset\); give a DataLoader",
+    ),
+    "a single batch": ({}, lambda: (model(), batch()), r"single batch;.*such as \[\(x, y\)\]"),
+    "a tensor": ({}, lambda: (model(), batch()[0]), "dataloader is a single batch"),
+    "an array": ({}, lambda: (model(), batch()[0].numpy()), "dataloader is a single batch"),
+    "a string": ({}, lambda: (model(), "loader"), "dataloader is a str; give a DataLoader"),
+    "a mapping": (
+        {},
+        lambda: (model(), {"x": batch()[0], "labels": batch()[1]}),
+        "dataloader is a dict; give a DataLoader",
+    ),
+    "a number": ({}, lambda: (model(), 3), "dataloader is a int"),
+    # the model
+    "arguments swapped": (
+        {},
+        lambda: ([batch()], model()),
+        r"model must be a torch\.nn\.Module.*got list \(the arguments look swapped\)",
+    ),
+    "no model": ({}, lambda: (None, [batch()]), "got NoneType"),
+    "a class": ({}, lambda: (nn.Linear, [batch()]), "got type"),
+    "nothing trainable": (
+        {},
+        lambda: (frozen(), [batch()]),
+        r"no trainable parameters \(6 in all, none with requires_grad\)",
+    ),
+    "no parameters": ({}, lambda: (nn.ReLU(), [batch()]), r"no trainable parameters \(0 in all"),
+    "batch norm without statistics": (
+        {},
+        lambda: (with_layer(nn.BatchNorm1d(4, track_running_stats=False)), [batch()]),
+        r"layer '1' \(BatchNorm1d\) has no running statistics.*track_running_stats=True",
+    ),
+    # parameters
+    "an unknown name": (
+        {"parameters": ["0.weight", "0.wieght"]},
+        lambda: (model(), [batch()]),
+        r"parameters: '0\.wieght' matches none of '0\.weight', '0\.bias'",
+    ),
+    "an unknown pattern": (
+        {"parameters": "head.*"},
+        lambda: (model(), [batch()]),
+        r"parameters: 'head\.\*' matches none of",
+    ),
+    "a frozen name": (
+        {"parameters": "0.*"},
+        lambda: (nn.Sequential(nn.Linear(5, 3).requires_grad_(False), nn.Linear(3, 3)), [batch()]),
+        r"matches only frozen parameters \('0\.weight', …\); call requires_grad_\(\)",
+    ),
+    "no names": (
+        {"parameters": []},
+        lambda: (model(), [batch()]),
+        "parameters is empty; give at least one name",
+    ),
+    # numbers
+    "NaN inputs": ({}, lambda: (model(), spoiled(torch.nan)), "batch 2 gives NaN or infinite"),
+    "infinite inputs": ({}, lambda: (model(), spoiled(torch.inf, 0)), "batch 0 gives NaN or inf"),
+    "an infinite loss": (
+        {"loss": infinite_loss},
+        lambda: (model(), [batch()]),
+        "batch 0 gives NaN or infinite losses or gradients",
+    ),
+    "NaN weights": (
+        {},
+        lambda: (of_outputs(lambda out: out * torch.nan), [batch()]),
+        "batch 0 gives NaN or infinite losses or gradients",
+    ),
+    # losses
+    "an unknown loss": (
+        {"loss": "crossentropy"},
+        lambda: (model(), [batch()]),
+        r"'loss' parameter of Explicit must be.*'crossentropy'",
+    ),
+    "a class as loss": (
+        {"loss": nn.CrossEntropyLoss},
+        lambda: (model(), [batch()]),
+        "loss=.*CrossEntropyLoss.* is not known",
+    ),
+    "a scalar loss": (
+        {"loss": scalar_loss},
+        lambda: (model(), [batch()]),
+        r"loss=scalar_loss returned a tensor of shape \(\); expected one loss per example",
+    ),
+    "losses in a column": (
+        {"loss": column_loss},
+        lambda: (model(), [batch()]),
+        r"loss=column_loss returned a tensor of shape \(6, 1\); expected one loss per example",
+    ),
+    "a number as loss": (
+        {"loss": number_loss},
+        lambda: (model(), [batch()]),
+        r"loss=number_loss returned float; expected one loss per example",
+    ),
+    "detached losses": (
+        {"loss": detached_loss},
+        lambda: (model(), [batch()]),
+        "do not depend on any selected parameter through autograd",
+    ),
+    "a detached model": (
+        {},
+        lambda: (of_outputs(torch.Tensor.detach), [batch()]),
+        "do not depend on any selected parameter through autograd",
+    ),
+    # shapes and targets
+    "floating targets": (
+        {},
+        lambda: (model(), of_targets(torch.Tensor.double)),
+        r"needs integer class targets; got torch\.float64.*loss='mse'",
+    ),
+    "targets that are no tensor": (
+        {},
+        lambda: (model(), of_targets(torch.Tensor.tolist)),
+        "needs integer class targets; got list",
+    ),
+    "targets of another length": (
+        {},
+        lambda: (model(), of_targets(lambda y: y[:-1])),
+        r"outputs of shape \(6, 3\) and targets of shape \(5,\)",
+    ),
+    "one-hot targets": (
+        {},
+        lambda: (model(), of_targets(lambda y: nn.functional.one_hot(y, 3))),
+        r"outputs of shape \(6, 3\) and targets of shape \(6, 3\)",
+    ),
+    "classes in two places": (
+        {},
+        lambda: (
+            of_outputs(lambda out: out[:, :, None].expand(-1, 3, 3)),
+            of_targets(lambda y: y[:, None].expand(-1, 3)),
+        ),
+        r"cannot tell which dimension of outputs of shape \(6, 3, 3\) holds the classes",
+    ),
+    "targets that would broadcast": (
+        {"loss": "mse"},
+        lambda: (of_outputs(lambda out: out[:, :1]), of_targets(lambda y: y.repeat(2, 1).T)),
+        r"outputs of shape \(6, 1\) and targets of shape \(6, 2\).*broadcasting",
+    ),
+    "outputs that are no tensor": (
+        {},
+        lambda: (of_outputs(lambda out: (out, out)), [batch()]),
+        r"whose output is a floating tensor \(B, \.\.\.\) or has \.logits; got tuple",
+    ),
+    "integer outputs": (
+        {},
+        lambda: (of_outputs(lambda out: out.argmax(1)), [batch()]),
+        r"got a torch\.int64 tensor of shape \(6,\)",
+    ),
+    "a mapping without labels": (
+        {},
+        lambda: (model(), [{"input": batch()[0], "target": batch()[1]}]),
+        r"mapping with keys \['input', 'target'\], without 'labels'",
+    ),
+    "a batch without targets": (
+        {},
+        lambda: (model(), [(batch()[0],)]),
+        "tuple or list.*got tuple of length 1",
+    ),
+    "a batch that is a tensor": (
+        {},
+        lambda: (model(), [batch()[0]]),
+        "tuple or list.*got Tensor",
+    ),
+    # settings, by scikit-learn's own check
+    "a negative λ": (
+        {"regularization": -1.0},
+        lambda: (model(), [batch()]),
+        "'regularization' parameter of Explicit must be.*-1.0",
+    ),
+    "an unknown solver": (
+        {"solver": "cg"},
+        lambda: (model(), [batch()]),
+        "'solver' parameter of Explicit must be.*'cg'",
+    ),
+    "an unknown kind": (
+        {"fisher": "true"},
+        lambda: (model(), [batch()]),
+        "'fisher' parameter of Explicit must be.*'true'",
+    ),
+    "no samples": (
+        {"fisher": "mc", "n_mc_samples": 0},
+        lambda: (model(), [batch()]),
+        "'n_mc_samples' parameter of Explicit must be.*0",
+    ),
+    "a dtype of numpy": (
+        {"dtype": np.float64},
+        lambda: (model(), [batch()]),
+        "'dtype' parameter of Explicit must be",
+    ),
+    "unknown blocks": (
+        {"blocks": "layers"},
+        lambda: (model(), [batch()]),
+        "'blocks' parameter of Explicit must be.*'layers'",
+    ),
+}  # fmt: skip
+
+
+def modules_in(arguments):
+    for argument in arguments:
+        if isinstance(argument, nn.Module):
+            yield argument
+        elif isinstance(argument, ModelData):
+            yield argument.model
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_refused_by_name_and_without_a_trace(name):
+    settings, make, message = FAILURES[name]
+    estimator = Explicit(1e-3).fit(model(), [batch()])
+    vectors = torch.randn(3, estimator.n_features_in_, dtype=torch.float64)
+    before = estimator.transform(vectors)
+    estimator.set_params(**settings)
+    state = {key: id(value) for key, value in vars(estimator).items()}
+    arguments = make()
+    with (
+        unchanged(*modules_in(arguments)),
+        pytest.raises((IFVPUsageError, InvalidParameterError), match=message),
+    ):
+        estimator.fit(*arguments)
+    assert {key: id(value) for key, value in vars(estimator).items()} == state
+    estimator.set_params(regularization=1e-3)
+    assert torch.equal(estimator.transform(vectors), before)
+
+
+@pytest.mark.parametrize("name", ["NaN inputs", "no batches", "a scalar loss"])
+def test_a_first_fit_that_fails_leaves_nothing(name):
+    settings, make, message = FAILURES[name]
+    estimator = Explicit(**settings)
+    with pytest.raises(IFVPUsageError, match=message):
+        estimator.fit(*make())
+    assert set(vars(estimator)) == set(estimator.get_params())
+    with pytest.raises(NotFittedError):
+        estimator.transform(torch.ones(79))
+
+
+def test_batches_are_named_by_position():
+    """Also where the model itself raises: the message tells which batch it was."""
+    x, y = batch()
+    with pytest.raises(IFVPUsageError, match=r"batch 2: .*needs integer class targets"):
+        Explicit().fit(model(), [(x, y), (x, y), (x, y.double())])
+
+
+def test_a_class_out_of_range_is_torchs_own_error():
+    x, y = batch()
+    y[0] = 3
+    network = model()
+    with unchanged(network), pytest.raises((IndexError, IFVPUsageError)):
+        Explicit().fit(network, [(x, y)])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda estimator: estimator.transform(torch.ones(3)),
+        lambda estimator: estimator.inverse_transform(torch.ones(3)),
+        lambda estimator: estimator.mahalanobis(torch.ones(3)),
+        lambda estimator: estimator.score(torch.ones(3)),
+        lambda estimator: estimator.score_samples(torch.ones(3)),
+        lambda estimator: estimator.score_path(torch.ones(3), [1.0]),
+        lambda estimator: estimator.regularization_,
+        lambda estimator: next(estimator.gradients(ModelData(model(), batch()))),
+    ],
+)
+def test_not_fitted(call):
+    with pytest.raises(NotFittedError, match="Explicit instance is not fitted yet"):
+        call(Explicit())
+
+
+def test_kinds_of_errors():
+    """All are ValueErrors, as a caller of scikit-learn expects."""
+    assert issubclass(IFVPUsageError, ValueError)
+    assert issubclass(SingularFisherError, ValueError)
+
+
+def test_gradients_that_stop_early_restore_the_model():
+    """A generator of gradients that is dropped half-way leaves nothing behind."""
+    network = model().train()
+    data = ModelData(network, batch(), batch_size=2)
+    estimator = Explicit().fit(data)
+    with unchanged(network):
+        gradients = estimator.gradients(data)
+        next(gradients)
+        gradients.close()
+
+
+def test_models_are_compared_by_their_parameters():
+    """A copy, or another model of the same parameters, will do for gradients."""
+    network = model()
+    data = ModelData(network, batch())
+    estimator = Explicit(1e-3).fit(data)
+    copied = ModelData(copy.deepcopy(network), batch())
+    assert np.array_equal(estimator.transform(copied), estimator.transform(data))

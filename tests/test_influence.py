@@ -1,0 +1,149 @@
+"""Scores of training examples against their definition and their meaning."""
+
+import numpy as np
+import pytest
+import torch
+
+from fimkit import Explicit, IFVPUsageError, ModelData
+from fimkit.influence import pairwise_scores, self_influence, top_k
+from tests import reference
+from tests.cases import BY_NAME, N, mlp, points
+
+REGULARIZATION = 1e-2
+
+
+@pytest.fixture(params=["mlp", "language model", "LSTM, batch first"])
+def case(request):
+    return BY_NAME[request.param]
+
+
+@pytest.fixture
+def queries(case):
+    """Other examples than those of training, three of them."""
+    return case.data(3, torch.Generator().manual_seed(99))
+
+
+@pytest.fixture
+def scored(case, queries):
+    model = case.model()
+    train = ModelData(model, case.batch(), batch_size=5)
+    fitted = Explicit(REGULARIZATION).fit(train)
+    return fitted, train, ModelData(model, queries, batch_size=2)
+
+
+@pytest.fixture
+def expected(case, queries):
+    """qᵀ (F + λ I)⁻¹ g of every query and training example."""
+    model, train = case.model(), case.gradients
+    of_queries = reference.gradients(model, case.example_loss, queries, 3)
+    return of_queries @ reference.ifvp(train, train, REGULARIZATION).T
+
+
+def test_pairwise_scores(scored, expected):
+    found = pairwise_scores(*scored)
+    assert found.shape == (3, N)
+    assert found.dtype == np.float64
+    assert reference.error(found, expected) <= 1e-9
+
+
+def test_scores_of_slices(scored, expected):
+    fitted, train, queries = scored
+    found = pairwise_scores(fitted, train[[7, 2]], queries[1])
+    assert reference.error(found, expected[1:2, [7, 2]]) <= 1e-9
+
+
+@pytest.mark.parametrize("k", [1, 4, N])
+@pytest.mark.parametrize("largest", [True, False])
+def test_top_k(scored, expected, k, largest):
+    indices, scores = top_k(*scored, k, largest=largest)
+    assert indices.shape == scores.shape == (3, k)
+    order = expected.argsort(1, descending=largest)[:, :k]
+    assert indices.tolist() == order.tolist()
+    assert reference.error(scores, expected.gather(1, order)) <= 1e-9
+
+
+def test_self_influence(scored, case):
+    """High for the examples that only their own presence explains, never negative."""
+    fitted, train, _ = scored
+    rows = case.gradients
+    expected = (rows * reference.ifvp(rows, rows, REGULARIZATION)).sum(1)
+    found = self_influence(fitted, train)
+    assert found.shape == (N,)
+    assert (found > 0).all()
+    assert reference.error(found, expected) <= 1e-9
+    diagonal = pairwise_scores(fitted, train, train).diagonal()
+    assert reference.error(found, diagonal.copy()) <= 1e-9
+
+
+def test_an_example_helps_itself(scored):
+    fitted, train, _ = scored
+    scores = pairwise_scores(fitted, train, train)
+    assert (scores.diagonal() > 0).all()
+    assert reference.error(scores, scores.T.copy()) <= 1e-9
+
+
+def test_positive_scores_lower_the_loss_of_the_query(case, queries):
+    """A step along (F + λ I)⁻¹ of the training gradient changes the loss by minus the score."""
+    model = case.model()
+    train = ModelData(model, case.batch())
+    fitted = Explicit(REGULARIZATION).fit(train)
+    scores = pairwise_scores(fitted, train, ModelData(model, queries))
+    parameters = list(model.parameters())
+    step = 1e-6
+    before = torch.stack([loss_of(model, case, queries, i) for i in range(3)])
+    for j in range(0, N, 5):
+        directions = torch.as_tensor(fitted.transform(train[j]))[0].split(
+            [parameter.numel() for parameter in parameters]
+        )
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter -= step * direction.view_as(parameter)
+            after = torch.stack([loss_of(model, case, queries, i) for i in range(3)])
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += step * direction.view_as(parameter)
+        change = (after - before) / step
+        assert torch.allclose(change, -torch.from_numpy(scores[:, j]), rtol=1e-3, atol=1e-4)
+
+
+def loss_of(model, case, batch, i):
+    return case.example_loss(model, reference.take(batch, [i])).detach()
+
+
+def test_flipped_labels_stand_out():
+    """What self-influence is for: of a trained model, wrong labels have the highest scores."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = points(classes=2)(60, generator)
+    y = (x[:, 0] > 0).long()
+    flipped = [5, 17, 33]
+    y[flipped] = 1 - y[flipped]
+    model = mlp(outputs=2).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    data = ModelData(model, (x, y))
+    scores = self_influence(Explicit().fit(data), data)
+    assert sorted(np.argsort(-scores)[:3].tolist()) == flipped
+
+
+@pytest.mark.parametrize("k", [0, -1, N + 1, 2.0, True, None])
+def test_errors_of_k(k):
+    case = BY_NAME["mlp"]
+    data = ModelData(case.model(), case.batch())
+    fitted = Explicit().fit(data)
+    with pytest.raises(IFVPUsageError, match=r"from 1 to len\(train\)=12; got"):
+        top_k(fitted, data, data, k)
+
+
+def test_errors_of_data():
+    case = BY_NAME["mlp"]
+    data = ModelData(case.model(), case.batch())
+    fitted = Explicit().fit(data)
+    with pytest.raises(IFVPUsageError, match=r"train must be a ModelData.*got list"):
+        pairwise_scores(fitted, case.batches(5), data)
+    with pytest.raises(IFVPUsageError, match=r"queries must be a ModelData.*got Tensor"):
+        pairwise_scores(fitted, data, case.gradients)
+    other = ModelData(mlp(False).double(), case.batch())
+    with pytest.raises(IFVPUsageError, match="other trainable parameters than the one fitted"):
+        pairwise_scores(fitted, other, data)

@@ -1,0 +1,403 @@
+"""Two passes over the same data: whatever is kept, and in whatever pieces it comes."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import dropout
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
+
+from fimkit import IFVPUsageError, ModelData
+from fimkit.estimators.ekfac import EKFAC, KFAC
+from fimkit.operators import memory
+from fimkit.statistics import kronecker as statistics
+from tests import kronecker_reference as kronecker
+from tests import reference
+from tests.cases import BY_NAME, Apply, N, split
+from tests.state import unchanged
+from tests.test_ekfac import SITUATIONS, Recording, blocks_of, difference, fit_or_refusal
+
+CASE = SITUATIONS["linear"]
+SOME = [
+    "linear",
+    "few positions",
+    "many positions",
+    "convolution in 2-D",
+    "table looked up twice",
+    "tied table",
+    "transposed weights",
+    "called twice",
+    "shared weight",
+]
+BUDGETS = {"nothing is kept": 0, "some is kept": 2000, "all is kept": 2**30}
+
+parametrize_budgets = pytest.mark.parametrize("budget", BUDGETS.values(), ids=list(BUDGETS))
+
+
+def same(found, expected, tolerance=1e-10):
+    assert set(found.eigenvalues_) == set(expected.eigenvalues_)
+    return difference(found.fisher_.to_dense(), expected.fisher_.to_dense()) <= tolerance
+
+
+def counted(case=CASE):
+    """Return the case's model with a count of its forward passes."""
+    inner, calls = case.model(), []
+
+    def forward(self, *inputs):
+        calls.append(len(inputs[0]))
+        return self.inner(*inputs)
+
+    return Apply(forward, inner=inner), calls
+
+
+# -- the same for every division -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+@pytest.mark.parametrize("name", SOME)
+def test_batches_and_order_do_not_matter(name, fisher, budget):
+    case = SITUATIONS[name]
+    settings = {"fisher": fisher, "random_state": 1, "n_mc_samples": 2}
+    expected = EKFAC(**settings).fit(case.model(), [case.batch()])
+    for sizes in ((1,), (5,), (7, 1, 4)):
+        fitted = EKFAC(cache_budget=budget, **settings).fit(case.model(), case.batches(*sizes))
+        assert fitted.n_samples_seen_ == N
+        assert same(fitted, expected, 1e-9)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2)).tolist()
+    x, y = case.batch()
+    loader = DataLoader(TensorDataset(x, y), batch_size=5, sampler=order)
+    assert same(EKFAC(cache_budget=budget, **settings).fit(case.model(), loader), expected, 1e-9)
+
+
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("chunk", [1, 2000])
+def test_chunks_do_not_matter(name, fisher, method, chunk, monkeypatch):
+    case = SITUATIONS[name]
+    expected = method(fisher=fisher).fit(case.model(), case.batches(7))
+    monkeypatch.setattr(memory, "BUDGET", chunk)
+    monkeypatch.setattr(statistics, "_SQUARES_BUDGET", chunk)
+    assert same(method(fisher=fisher).fit(case.model(), case.batches(7)), expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["cnn", "language model", "self-attention, time first", "GRU"])
+def test_budgets_do_not_matter_with_other_parameters(name):
+    """Blocks and diagonals are of the first pass only."""
+    case = BY_NAME[name]
+    fits = [
+        EKFAC(cache_budget=budget).fit(case.model(), case.batches(5)) for budget in BUDGETS.values()
+    ]
+    assert same(fits[0], fits[2])
+    assert same(fits[1], fits[2])
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+def test_forward_passes():
+    """One for each batch that is kept, else two; of layers without a second pass always one."""
+    x, y = CASE.batch(N)
+    batches = split((x, y), N, 3)
+    calls = {}
+    for name, budget in BUDGETS.items():
+        model, calls[name] = counted()
+        EKFAC(cache_budget=budget).fit(model, batches)
+    assert calls["all is kept"] == [3] * 4
+    assert calls["nothing is kept"] == [3] * 8
+    assert 4 < len(calls["some is kept"]) < 8
+    model, once = counted()
+    KFAC().fit(model, batches)
+    assert once == [3] * 4
+
+
+def test_nothing_to_pass_over_again():
+    """Of parameters in no Kronecker layer."""
+    case = BY_NAME["language model"]
+    model, calls = counted(case)
+    settings = {"parameters": ["*norm*", "*final*"], "cache_budget": 0}
+    fitted = EKFAC(**settings).fit(model, iter(case.batches(5)))
+    assert len(calls) == 3
+    assert fitted.eigenvalues_ == {}
+
+
+class Once:
+    """An iterable that can be iterated over once and does not say so."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_data_that_come_once():
+    expected = EKFAC().fit(CASE.model(), CASE.batches(5))
+    assert same(EKFAC().fit(CASE.model(), iter(CASE.batches(5))), expected)
+    assert same(EKFAC().fit(CASE.model(), Once(CASE.batches(5))), expected)
+    assert same(
+        EKFAC(cache_budget=10**5).fit(CASE.model(), (batch for batch in CASE.batches(5))), expected
+    )
+    for budget in (0, 2000):
+        message = f"cache_budget={budget} bytes.*iterator.*DataLoader or a list"
+        with pytest.raises(IFVPUsageError, match=message):
+            EKFAC(cache_budget=budget).fit(CASE.model(), iter(CASE.batches(5)))
+    with pytest.raises(IFVPUsageError, match="there are 0 batches instead of 3"):
+        EKFAC(cache_budget=0).fit(CASE.model(), Once(CASE.batches(5)))
+    KFAC().fit(CASE.model(), iter(CASE.batches(5)))  # one pass is enough
+
+
+class Refilled:
+    """A loader that puts every batch into the same tensors."""
+
+    def __init__(self, x, y, size, shared=False):
+        self.x, self.y, self.size, self.shared = x, y, size, shared
+
+    def __iter__(self):
+        if self.shared:  # with memory that torch does not watch
+            array = np.zeros((self.size, *self.x.shape[1:]))
+            x = torch.from_numpy(array)
+        else:
+            x = torch.empty_like(self.x[: self.size])
+            array = x
+        y = torch.empty_like(self.y[: self.size])
+        for start in range(0, len(self.x), self.size):
+            array[:] = self.x[start : start + self.size]
+            y[:] = self.y[start : start + self.size]
+            yield x, y
+
+
+@parametrize_budgets
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_that_are_filled_again(shared, budget):
+    """What is kept of a batch does not change with the tensors that it came in."""
+    x, y = CASE.batch()
+    expected = EKFAC().fit(CASE.model(), split((x, y), N, 4))
+    loader = Refilled(x, y, 4, shared)
+    assert same(EKFAC(cache_budget=budget).fit(CASE.model(), loader), expected)
+
+
+# -- randomness ------------------------------------------------------------------------------------
+
+
+def seeded(seed=5):
+    return torch.Generator().manual_seed(seed)
+
+
+class Noisy(Dataset):
+    """Examples with noise, drawn anew on each access."""
+
+    def __init__(self, draw):
+        self.x, self.y = CASE.batch()
+        self.draw = draw
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return self.x[index] + self.draw(self.x[index].shape), self.y[index]
+
+
+class Stream(IterableDataset):
+    """Noisy examples in an order, without a length."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return (self.data[i] for i in range(len(self.data)))
+
+
+def torch_noise(shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def collated(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return x + 0.5 * torch.rand(len(x), 1, dtype=torch.float64), y
+
+
+PLAIN = TensorDataset(*CASE.batch())
+LOADERS = {
+    "shuffled by a generator": lambda: DataLoader(PLAIN, 5, shuffle=True, generator=seeded()),
+    "shuffled by torch's random state": lambda: DataLoader(PLAIN, 5, shuffle=True),
+    "a sampler's generator": lambda: DataLoader(
+        PLAIN, 5, sampler=RandomSampler(PLAIN, generator=seeded())
+    ),
+    "a generator besides the sampler's": lambda: DataLoader(
+        PLAIN, 5, sampler=RandomSampler(PLAIN, generator=seeded()), generator=seeded(6)
+    ),
+    "a batch sampler's generator": lambda: DataLoader(
+        PLAIN, batch_sampler=BatchSampler(RandomSampler(PLAIN, generator=seeded()), 5, False)
+    ),
+    "with replacement": lambda: DataLoader(
+        PLAIN, 5, sampler=RandomSampler(PLAIN, replacement=True, num_samples=N)
+    ),
+    "noise": lambda: DataLoader(Noisy(torch_noise), 5, shuffle=True),
+    "noise by a generator of the order": lambda: DataLoader(
+        Noisy(torch_noise), 5, shuffle=True, generator=seeded()
+    ),
+    "noise in a worker": lambda: DataLoader(
+        Noisy(torch_noise), 5, num_workers=1, generator=seeded()
+    ),
+    "noise of a stream": lambda: DataLoader(Stream(Noisy(torch_noise)), 5),
+    "noise of a collate function": lambda: DataLoader(PLAIN, 5, collate_fn=collated),
+    "noise of a ModelData": lambda: ModelData(CASE.model(), Noisy(torch_noise), batch_size=5),
+}
+
+
+def fit(data, **settings):
+    """Fit from one random state, which is left as it is; a ModelData brings its model."""
+    torch.manual_seed(7)
+    given = (data,) if isinstance(data, ModelData) else (CASE.model(), data)
+    with unchanged():
+        return EKFAC(**settings).fit(*given)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_random_states_are_replayed(name, fisher):
+    """The second pass meets the batches of the first, and the labels drawn for them."""
+    settings = {"fisher": fisher, "random_state": 1}
+    expected = fit(LOADERS[name](), **settings)
+    for budget in (0, 1000):
+        found = fit(LOADERS[name](), cache_budget=budget, **settings)
+        assert found.n_samples_seen_ == N
+        assert same(found, expected)
+
+
+@parametrize_budgets
+def test_generator_goes_on_as_after_one_pass(budget):
+    """A user's next epoch is the one that follows the fit's, however many passes it made."""
+    generator = seeded()
+    loader = DataLoader(PLAIN, 5, shuffle=True, generator=generator)
+    list(loader)
+    after_one = generator.get_state()
+    generator.manual_seed(5)
+    fit(loader, cache_budget=budget)
+    assert torch.equal(generator.get_state(), after_one)
+
+
+@pytest.mark.parametrize("data", ["list", "loader", "ModelData"])
+def test_labels_are_drawn_alike(data):
+    """Both passes of a shuffled loader get the same labels, example by example."""
+    loss = Recording()
+    given = {
+        "list": CASE.batches(5),
+        "loader": DataLoader(PLAIN, 5, shuffle=True, generator=seeded()),
+        "ModelData": ModelData(CASE.model(), CASE.batch(), batch_size=5),
+    }[data]
+    fit(given, loss=loss, fisher="mc", n_mc_samples=2, random_state=3, cache_budget=0)
+    assert len(loss.drawn) == 2 * 2 * 3
+    first, second = loss.drawn[:6], loss.drawn[6:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len({tuple(labels.tolist()) for labels in first}) > 3
+
+
+def test_trace_of_replayed_labels():
+    """The second pass would not give the Fisher's trace with labels of its own."""
+    loss = Recording()
+    batches = CASE.batches(5)
+    fitted = EKFAC(loss=loss, fisher="mc", random_state=3, cache_budget=0)
+    model = CASE.model()
+    fitted.fit(model, batches)
+    scalars = kronecker.at_labels(CASE.example_loss, [[y] for part in loss.drawn[:3] for y in part])
+    examples = [reference.take(CASE.batch(), [i]) for i in range(N)]
+    rows = kronecker.rows(model, scalars, examples)
+    for columns, operator in blocks_of(fitted).values():
+        expected = float(rows[:, columns].square().sum() / N)
+        assert operator.trace() == pytest.approx(expected, rel=1e-10)
+
+
+# -- data that change ------------------------------------------------------------------------------
+
+
+class Changing:
+    """A list of batches that is another one each time."""
+
+    def __init__(self, *passes):
+        self.passes = list(passes)
+
+    def __iter__(self):
+        return iter(self.passes.pop(0))
+
+
+def shifted(batches, i):
+    out = list(batches)
+    out[i] = (out[i][0] + 0.1, out[i][1])
+    return out
+
+
+PLAIN_BATCHES = CASE.batches(4)
+CHANGES = {
+    "first batch": (0, shifted(PLAIN_BATCHES, 0), "batch 0 has other losses"),
+    "last batch": (0, shifted(PLAIN_BATCHES, 2), "batch 2 has other losses"),
+    "labels": (
+        0,
+        [PLAIN_BATCHES[0], (PLAIN_BATCHES[1][0], PLAIN_BATCHES[2][1]), PLAIN_BATCHES[2]],
+        "batch 1 has other losses",
+    ),
+    "order": (0, PLAIN_BATCHES[::-1], "batch 0 has other losses"),
+    "one more batch": (0, [*PLAIN_BATCHES, PLAIN_BATCHES[0]], "batch 3 has other losses"),
+    "one batch less": (0, PLAIN_BATCHES[:2], "2 batches instead of 3"),
+    "none": (0, [], "0 batches instead of 3"),
+    "other sizes": (0, CASE.batches(3, 5, 4), "batch 0 has other losses"),
+    "some kept": (2000, shifted(PLAIN_BATCHES, 2), "batch 2 has other losses"),
+    "some kept, none again": (2000, [], "(0|fewer) batches"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_data_are_refused(change):
+    budget, second, message = CHANGES[change]
+    model = CASE.model()
+    fitted = EKFAC(0.5).fit(model, PLAIN_BATCHES)
+    before = dict(vars(fitted))
+    fitted.set_params(cache_budget=budget)
+    with unchanged(model), pytest.raises(IFVPUsageError, match=message) as caught:
+        fitted.fit(model, Changing(PLAIN_BATCHES, second))
+    assert "second pass over the data differs from the first" in str(caught.value)
+    assert "cache_budget" in str(caught.value)
+    assert {**vars(fitted), "cache_budget": 2**30} == before
+
+
+def test_changed_data_are_met_once_where_all_is_kept():
+    fitted = EKFAC().fit(CASE.model(), Changing(PLAIN_BATCHES))
+    assert same(fitted, EKFAC().fit(CASE.model(), PLAIN_BATCHES))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda shape: random.random(),
+        lambda shape: torch.from_numpy(np.random.standard_normal(shape)),  # noqa: NPY002
+    ],
+    ids=["python", "numpy"],
+)
+def test_noise_that_cannot_be_replayed(draw):
+    """Random states of others than torch are none of ours: refused, not wrong."""
+    loader = DataLoader(Noisy(draw), 5)
+    with pytest.raises(IFVPUsageError, match=r"batch 0 has other losses.*no random augmentation"):
+        EKFAC(cache_budget=0).fit(CASE.model(), loader)
+    assert EKFAC().fit(CASE.model(), loader).n_samples_seen_ == N
+
+
+def test_models_with_noise_of_their_own():
+    """The second pass has the noise of the first, or is refused by the batch."""
+    model = Apply(lambda self, x: self.inner(dropout(x, 0.5, training=True)), inner=CASE.model())
+    torch.manual_seed(0)
+    expected = EKFAC().fit(model, PLAIN_BATCHES)
+    for budget in (0, 2000):
+        torch.manual_seed(0)
+        fitted, refusal = fit_or_refusal(EKFAC(cache_budget=budget), model, PLAIN_BATCHES)
+        assert re.search("batch . has other losses", refusal) or same(fitted, expected)

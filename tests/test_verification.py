@@ -1,0 +1,387 @@
+"""No silent wrong number: whatever is captured wrongly is found out in the first batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fimkit import Explicit, IFVPUsageError
+from fimkit.gradients.capture import Capture
+from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.rules.linear import LinearUse
+from tests import reference
+from tests.cases import BY_NAME, Apply, N, T, mlp, points, sequences, split
+from tests.state import unchanged
+
+FALLBACK = {"torch.func", "one backward pass per example"}
+
+
+def distance(fitted, rows):
+    expected = reference.fisher(rows)
+    return float((fitted.fisher_.to_dense() - expected).norm() / expected.norm())
+
+
+# -- rules that are made wrong ---------------------------------------------------------------------
+
+
+def scaled(method, factor=1 + 1e-6):
+    def sabotaged(*arguments):
+        return factor * method(*arguments)
+
+    return sabotaged
+
+
+def scaled_for_one_example(method):
+    def sabotaged(*arguments):
+        out = method(*arguments).clone()
+        out[-1] *= 1.01
+        return out
+
+    return sabotaged
+
+
+def rolled(method):
+    """Give every example its neighbour's values; their sum is right."""
+
+    def sabotaged(*arguments):
+        return method(*arguments).roll(1, 0)
+
+    return sabotaged
+
+
+def reversed_positions(method):
+    def sabotaged(*arguments):
+        return method(*arguments).flip(1)
+
+    return sabotaged
+
+
+def first_position_only(method):
+    def sabotaged(*arguments):
+        out = method(*arguments).clone()
+        out[:, 1:] = 0
+        return out
+
+    return sabotaged
+
+
+def transposed(method):
+    """Split a ``(B, T, ...)`` tensor as if its first dimension were the positions."""
+
+    def sabotaged(self, tensor, lead, batch):
+        layout = BatchLayout(1) if len(lead) > 1 else self
+        return method(layout, tensor, lead, batch)
+
+    return sabotaged
+
+
+def seen_twice(method):
+    def sabotaged(self, *arguments):
+        before = len(self.uses)
+        output = method(self, *arguments)
+        self.uses.extend(copy.copy(use) for use in self.uses[before:])
+        return output
+
+    return sabotaged
+
+
+def seen_once_per_parameter(method):
+    """Overlook later calls of a layer."""
+
+    def sabotaged(self, *arguments):
+        before = len(self.uses)
+        output = method(self, *arguments)
+        known = {use.names for use in self.uses[:before]}
+        self.uses[before:] = [use for use in self.uses[before:] if use.names not in known]
+        return output
+
+    return sabotaged
+
+
+SABOTAGES = {
+    "scaled inputs": (LinearUse, "inputs", scaled),
+    "scaled signals": (LinearUse, "signals", scaled),
+    "an example's inputs scaled": (LinearUse, "inputs", scaled_for_one_example),
+    "inputs of the next example": (LinearUse, "inputs", rolled),
+    "signals of the next example": (LinearUse, "signals", rolled),
+    "positions in the wrong order": (LinearUse, "inputs", reversed_positions),
+    "positions left out": (LinearUse, "inputs", first_position_only),
+    "transposed axes": (BatchLayout, "split", transposed),
+    "calls counted twice": (Capture, "__torch_function__", seen_twice),
+    "calls overlooked": (Capture, "__torch_function__", seen_once_per_parameter),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_wrong_rules_are_found_and_replaced(name, dtype, monkeypatch):
+    """The result stays exact, and coverage tells that the slow way was taken.
+
+    The layer has as many positions as examples, and is called twice.
+    """
+    case = BY_NAME["a layer called twice"]
+    batches = split(case.batch(T), T, T)
+    owner, method, sabotage = SABOTAGES[name]
+    if dtype == torch.float32 and sabotage is scaled:
+
+        def sabotage(method):
+            return scaled(method, 1.01)
+
+    monkeypatch.setattr(owner, method, sabotage(getattr(owner, method)))
+    model = case.model()
+    rows = reference.gradients(model, case.example_loss, batches[0], T)
+    batches = [(x.to(dtype), y) for x, y in batches]
+    fitted = Explicit().fit(model.to(dtype), batches)
+    assert fitted.coverage_["layer.weight"] in FALLBACK
+    assert distance(fitted, rows) <= (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_one_wrong_layer_leaves_the_others(monkeypatch):
+    """Only what disagrees is replaced."""
+    case = BY_NAME["mlp"]
+    inputs = LinearUse.inputs
+
+    def wrong_for_one(self, examples):
+        return inputs(self, examples) * (1.5 if "2.weight" in self.names else 1)
+
+    monkeypatch.setattr(LinearUse, "inputs", wrong_for_one)
+    fitted = Explicit().fit(case.model(), case.batches(5))
+    replaced = {name for name, how in fitted.coverage_.items() if how in FALLBACK}
+    assert "2.weight" in replaced
+    assert replaced <= {"2.weight", "2.bias"}
+    assert distance(fitted, case.gradients) <= 1e-12
+
+
+def test_what_takes_the_place_of_a_wrong_group_is_checked(monkeypatch):
+    """Two biases share a weight. Where one falls back, the other may be folded in instead."""
+    case = BY_NAME["tied layers"]
+    pad = F.pad
+    monkeypatch.setattr(F, "pad", lambda x, size, mode="constant", value=None: pad(x, size))
+    fitted = Explicit().fit(case.model(), case.batches(5))
+    assert distance(fitted, case.gradients) <= 1e-12
+
+
+# -- patterns that only later batches show ---------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Examples take a branch by batch: a layer on B rows, or ones that no rule sees right."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first = nn.Linear(5, 3)
+        self.second = nn.Linear(5, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        if x[0, 0] > 0:
+            return self.first(x)
+        if self.kind == "plain":
+            return self.second(x)
+        if self.kind == "both":
+            return self.second(x) + self.first(2 * x).tanh()
+        if self.kind == "unseen":
+            return x @ self.second.weight.T + self.second.bias
+        if self.kind == "positions":
+            return self.second(torch.stack([x, x.tanh()], 1)).tanh().sum(1)
+        assert self.kind == "time first"
+        return self.second(torch.stack([x, x.tanh(), -x, x + 1])).tanh().cumsum(0)[-1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "both", "unseen", "positions", "time first"])
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+def test_modules_that_first_fire_later(kind, solver):
+    x, y = points()(N, torch.Generator().manual_seed(0))
+    x[:, 0] = x[:, 0].abs() * torch.tensor([1.0] * 4 + [-1.0] * 4 + [1.0] * 2 + [-1.0] * 2)
+    model = Branches(kind).double()
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, y), N)
+    fitted = Explicit(solver=solver).fit(model, split((x, y), N, 4, 4, 2))
+    assert distance(fitted, rows) <= 1e-12
+    assert "no gradient seen" not in fitted.coverage_.values()
+
+
+@pytest.mark.parametrize("later", [4, 8, 12])
+def test_experts_that_first_get_everything(later):
+    """An expert is sent all positions of the first batch, then as many as there are examples.
+
+    Then a leading size that is a multiple of the number of examples proves nothing.
+    """
+
+    def forward(self, x):
+        out = x.flatten(0, 1)[:, :3].clone()
+        chosen = x.flatten(0, 1)[:, 3] > 0
+        out[chosen] = self.expert(x.flatten(0, 1)[chosen])
+        return out.view(*x.shape[:2], 3).tanh().sum(1)
+
+    model = Apply(forward, expert=nn.Linear(5, 3)).double()
+    x, y = sequences()(2 * T, torch.Generator().manual_seed(0))
+    chosen = torch.ones(2 * T * T, dtype=torch.bool)
+    chosen[T * T :] = False
+    chosen[T * T + torch.randperm(T * T, generator=torch.Generator().manual_seed(1))[:later]] = True
+    x[..., 3] = x[..., 3].abs() * (2.0 * chosen.view(2 * T, T) - 1)
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, y), 2 * T)
+    fitted = Explicit().fit(model, split((x, y), 2 * T, T))
+    assert distance(fitted, rows) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("others", "dtype"),
+    [(1e-5, torch.float32), (1e-9, torch.float64), (0.0, torch.float64)],
+    ids=str,
+)
+def test_one_example_outweighs_the_first_batch(others, dtype):
+    """An example whose gradient is all there is to see must not decide where examples lie.
+
+    Only the last position has a gradient, and only the last example a large one: by itself it
+    could be either.
+    """
+
+    def forward(self, x, scale):
+        return self.second(self.first(x.transpose(0, 1)).tanh())[-1] * scale[:, None]
+
+    model = Apply(forward, first=nn.Linear(5, 4), second=nn.Linear(4, 3)).double()
+    x, y = sequences()(2 * T, torch.Generator().manual_seed(0))
+    scale = torch.ones(2 * T, dtype=torch.float64)
+    scale[: T - 1] = others
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, scale, y), 2 * T)
+    batches = split((x.to(dtype), scale.to(dtype), y), 2 * T, T)
+    fitted = Explicit().fit(model.to(dtype), batches)
+    assert distance(fitted, rows) <= (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_an_example_alone_in_the_first_batch():
+    """One example fits every layout, so it proves none for the batches that follow."""
+    for name in ("merged windows, example fastest", "transposed inside", "time-first data"):
+        case = BY_NAME[name]
+        fitted = Explicit(loss=case.loss).fit(case.model(), case.batches(1, 4, 7))
+        assert distance(fitted, case.gradients) <= 1e-12
+
+
+def test_no_gradient_in_the_first_batch():
+    """Calls without gradient prove no layout."""
+    case = BY_NAME["in place after views"]
+    x, y = case.batch()
+    model = Apply(lambda self, x, on: self.inner(x) * on[:, None], inner=case.model())
+    on = torch.ones(N, dtype=torch.float64)
+    on[:4] = 0
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, on, y), N)
+    assert not rows[:4].any()
+    fitted = Explicit().fit(model, split((x, on, y), N, 4))
+    assert distance(fitted, rows) <= 1e-12
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_tensor_that_all_examples_share(one_by_one):
+    """Its first dimension is no axis of examples, also where a batch has as many."""
+
+    def forward(self, x, scales):
+        out = self.layer(x * scales[:, None]) + self.shift
+        if one_by_one and bool((out > 99).all()):  # which vmap cannot tell
+            raise AssertionError
+        return out.tanh().sum(1)
+
+    model = Apply(forward, layer=nn.Linear(5, 3), shift=torch.randn(T, 3)).double()
+    x, y = sequences()(N, torch.Generator().manual_seed(0))
+    scales = torch.linspace(0.5, 2, T, dtype=torch.float64)
+
+    def example_loss(model, example):
+        x, y = example
+        return -model(x, scales)[0].log_softmax(0)[y[0]]
+
+    rows = reference.gradients(model, example_loss, (x, y), N)
+    batches = [(x, scales, y) for x, y in split((x, y), N, 3, 5, T)]
+    fitted = Explicit().fit(model, batches)
+    slowest = fitted.coverage_["shift"] == "one backward pass per example"
+    assert slowest == one_by_one
+    assert distance(fitted, rows) <= 1e-12
+
+
+# -- examples that depend on each other, and on chance ---------------------------------------------
+
+
+def centred_inside(self, x):
+    h = self.first(x)
+    return self.second(h - h.mean(0))
+
+
+def centred_first(self, x):
+    return self.second(self.first(x - x.mean(0)).tanh())
+
+
+def batch_normalised(self, x):
+    h = F.batch_norm(self.first(x), None, None, training=True)
+    return self.second(h)
+
+
+def attending_across(self, x):
+    h = self.first(x)
+    return self.second((h @ h.T).softmax(-1) @ h)
+
+
+def previous_example(self, x):
+    return self.second(self.first(x) + self.first(x).roll(1, 0).tanh())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [centred_inside, centred_first, batch_normalised, attending_across, previous_example],
+)
+def test_examples_that_depend_on_each_other_are_refused(forward):
+    model = Apply(forward, first=nn.Linear(5, 4), second=nn.Linear(4, 3)).double()
+    batch = points()(N, torch.Generator().manual_seed(0))
+    with (
+        unchanged(model),
+        pytest.raises(IFVPUsageError, match="one example depends on the others in its batch"),
+    ):
+        Explicit().fit(model, [batch])
+
+
+def averaged(model, batch):
+    """A mean over the batch, shared out among its examples."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / len(batch[1])
+
+
+def contrastive(model, batch):
+    z = model(batch[0])
+    return -(z @ z.T).log_softmax(1).diagonal()
+
+
+@pytest.mark.parametrize("loss", [averaged, contrastive])
+def test_losses_that_depend_on_the_batch_are_refused(loss):
+    batch = points()(N, torch.Generator().manual_seed(0))
+    with pytest.raises(IFVPUsageError, match="one example depends on the others in its batch"):
+        Explicit(loss=loss).fit(mlp().double(), [batch])
+
+
+def dropped_out(self, x):
+    return self.second(F.dropout(self.first(x), 0.5, training=True))
+
+
+def noisy(self, x):
+    return self.second(self.first(x + torch.randn_like(x)))
+
+
+@pytest.mark.parametrize("forward", [dropped_out, noisy])
+def test_randomness_inside_the_model_is_refused(forward):
+    model = Apply(forward, first=nn.Linear(5, 4), second=nn.Linear(4, 3)).double()
+    batch = points()(N, torch.Generator().manual_seed(0))
+    with unchanged(model), pytest.raises(IFVPUsageError, match="random"):
+        Explicit().fit(model, [batch])
+
+
+def test_dependence_is_refused_by_the_names_of_the_parameters():
+    def forward(self, x):
+        h = self.alone(x)
+        return h + self.mixed(x - self.before(x).mean(0))
+
+    model = Apply(
+        forward,
+        alone=nn.Linear(5, 3),
+        mixed=nn.Linear(5, 3, bias=False),
+        before=nn.Linear(5, 5, bias=False),
+    ).double()
+    batch = points()(N, torch.Generator().manual_seed(0))
+    with pytest.raises(IFVPUsageError, match=r"batch 0: .*'before\.weight'"):
+        Explicit().fit(model, [batch])
