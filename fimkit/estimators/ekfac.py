@@ -106,6 +106,7 @@ class _Parts:
         self.layers: dict[str, LayerStatistics] = {}
         self.groups: dict[str, tuple[Columns, tuple[str, ...]]] = {}
         self._rest: dict[str, FisherAccumulator | DiagonalAccumulator] = {}
+        self._forms: dict[str, str] = {}
         self._like = torch.empty(0, dtype=run.dtype, device=run.device)
         self._weight_sharing: WeightSharing = weight_sharing
         self._fallback = fallback
@@ -120,6 +121,7 @@ class _Parts:
                 continue
             if key not in self.layers and key not in self._rest:
                 statistics = layer_statistics(group, self._like, self._weight_sharing)
+                self._forms[key] = group.form
                 if statistics is not None:
                     self.layers[key] = statistics
                 else:
@@ -144,7 +146,7 @@ class _Parts:
 
     def _add(self, group: GroupGradients, gradients: BatchGradients) -> None:
         if group.key in self.layers:
-            if not group.kronecker:
+            if group.form != self._forms[group.key]:
                 raise IFVPUsageError(
                     f"{group.key!r} was one linear map in earlier batches and is not in this one "
                     "(its calls differ between batches); leave it out with parameters=, or use "
@@ -267,7 +269,7 @@ class EKFAC(_KroneckerEstimator):
         passes = ReplayedPasses(run, self.cache_budget)
         for gradients in passes.first():
             parts.update(gradients)
-        set_eigenbases(parts.layers)
+        set_eigenbases(parts.layers, run.n)
         for gradients in passes.second():
             for group in gradients.groups:
                 if group.key in parts.layers:
@@ -335,7 +337,7 @@ class KFAC(_KroneckerEstimator):
         parts = _Parts(run, self.weight_sharing, self.fallback)
         for gradients in run.gradients():
             parts.update(gradients)
-        sides = set_eigenbases(parts.layers)
+        sides = set_eigenbases(parts.layers, run.n)
         layers = {name: layer.factored(*sides[name]) for name, layer in parts.layers.items()}
         return self._finish(run, parts, layers)
 

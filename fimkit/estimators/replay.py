@@ -95,26 +95,27 @@ def _random_states(run: Run) -> list[Tensor]:
     states = [torch.get_rng_state()]
     if run.model_device.type == "cuda":
         states.append(torch.cuda.get_rng_state(run.model_device))
-    generator = _generator(run)
-    return states if generator is None else [*states, generator.get_state()]
+    return [*states, *(generator.get_state() for generator in _generators(run))]
 
 
 def _restore(states: list[Tensor], run: Run) -> None:
     torch.set_rng_state(states[0])
     if run.model_device.type == "cuda":
         torch.cuda.set_rng_state(states[1], run.model_device)
-    generator = _generator(run)
-    if generator is not None:
-        generator.set_state(states[-1])
+    generators = _generators(run)
+    for generator, state in zip(generators, states[len(states) - len(generators) :], strict=True):
+        generator.set_state(state)
 
 
-def _generator(run: Run) -> torch.Generator | None:
-    """Return the loader's own generator, wherever it keeps it."""
+def _generators(run: Run) -> list[torch.Generator]:
+    """Return the loader's own generators, wherever it keeps them."""
     data = run.data
     if isinstance(data, ModelData) or not isinstance(data, DataLoader):
-        return None
-    found = data.generator or getattr(data.sampler, "generator", None)
-    return found if isinstance(found, torch.Generator) else None
+        return []
+    inner = getattr(data.batch_sampler, "sampler", None)
+    owners = (data, data.sampler, data.batch_sampler, inner)
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _same(second: Tensor, first: Tensor) -> bool:

@@ -113,12 +113,12 @@ class Run:
         """
         batches = indexed_batches(self.data, indexed=self.objective.fisher == "mc")
         total = len(self.data.batches()) if isinstance(self.data, ModelData) else None
-        finite: list[Tensor] = []
+        unread: dict[int, Tensor] = {}
+        before = sum(self.sizes[:start])
         progress = tqdm(batches, "batches", total, disable=not self.verbose, leave=False)
         for i, (indices, batch) in enumerate(progress):
             if i < start:
                 continue
-            before = sum(self.sizes[:i])
             uniforms = ExampleUniforms(self.seed, before if indices is None else indices)
             try:
                 gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
@@ -126,23 +126,25 @@ class Run:
                 raise type(error)(f"batch {i}: {error}") from error
             if not gradients.n:
                 raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
+            before += gradients.n
             if i == len(self.sizes):
                 self.sizes.append(gradients.n)
-            finite.append(gradients.is_finite())
-            if finite[-1].device.type == "cpu":
-                _refuse_infinite(finite, start)  # elsewhere, waiting for the answer takes time
+            unread[i] = gradients.is_finite()
+            if unread[i].device.type == "cpu":  # elsewhere, waiting for the answer takes time
+                _refuse_infinite(unread)
+                unread.clear()
             yield gradients
         if not self.sizes:
             raise IFVPUsageError(
                 "the data has no batches; give at least one example (an iterator that was "
                 "iterated over before is empty: give a list or a DataLoader)."
             )
-        _refuse_infinite(finite, start)
+        _refuse_infinite(unread)
 
 
-def _refuse_infinite(finite: list[Tensor], start: int) -> None:
-    flags = torch.stack(finite).tolist() if finite else []
-    bad = [i for i, value in enumerate(flags, start) if not value]
+def _refuse_infinite(finite: Mapping[int, Tensor]) -> None:
+    flags = torch.stack(list(finite.values())).tolist() if finite else []
+    bad = [i for i, value in zip(finite, flags, strict=True) if not value]
     if bad:
         raise IFVPUsageError(
             f"batch {bad[0]} gives NaN or infinite losses or gradients"

@@ -158,7 +158,6 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
             for layer, calls in _each(statistics, batch):
                 for rows in calls:
                     layer.add_positions(rows, None, batch.mask)
-                layer.output.count(len(batch.losses))
             losses.append(batch.losses)
             selected = selected or batch.mask is None or bool(batch.mask.any())
     if not selected:
@@ -170,7 +169,8 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
             f"layer {j} of cache {i}": layer
             for i, layers in enumerate(statistics)
             for j, layer in enumerate(layers)
-        }
+        },
+        sum(batches.sizes),
     )
     with _replayable():
         for index, batch in enumerate(recorder.batches(batches)):

@@ -29,6 +29,7 @@ from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.rules import Use
+from fimkit.gradients.tree import tensors
 from fimkit.gradients.verification import RandomSum, graph_shape
 from fimkit.losses import Uniforms
 from fimkit.operators import Columns
@@ -129,8 +130,11 @@ class GradientEngine:
         layouts = self._layouts.get(run.key)
         if layouts is None or not _fit(layouts, run):
             layouts = self._verify(run, signals)
+        shared = {tensor.untyped_storage().data_ptr() for tensor in tensors(batch)}
+        shared.update(buffer.untyped_storage().data_ptr() for buffer in self._model.buffers())
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
+            use.own_input(shared)
         return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:

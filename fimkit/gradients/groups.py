@@ -149,6 +149,16 @@ class GroupGradients:
         return not self.calls and self.given is None
 
     @property
+    def form(self) -> str:
+        """How the calls act: as a ``"map"``, a ``"table"``, a ``"tied table"``, or as neither."""
+        if self.layout is not None:
+            return "map"
+        if self.table is None:
+            return ""
+        lookups = all(isinstance(call.use, EmbeddingUse) for call in self.calls)
+        return "table" if lookups else "tied table"
+
+    @property
     def kronecker(self) -> bool:
         """Whether all calls act by one matrix, whose gradients are Kronecker-factored."""
         return self.layout is not None or self.table is not None

@@ -132,7 +132,6 @@ class LinearStatistics(LayerStatistics):
             for part in group.parts([call]):
                 rows = group.factors(part, [call])
                 self.add_positions(rows, _at(weights, part), _at(mask, part))
-        self.output.count(group.n)
 
     def add_positions(
         self, rows: FactoredRows, weights: Tensor | None, mask: Tensor | None
@@ -159,13 +158,13 @@ class LinearStatistics(LayerStatistics):
         else:
             lengths = a.shape[1]
         if self._reduce:
-            count = a.shape[0]
             a = a.sum(1, keepdim=True) / lengths
             s = s.sum(2, keepdim=True)
         if weights is not None:
             s = s * weights.to(s).sqrt()[:, :, None, None, None]
         self.input.add(a.permute(2, 0, 1, 3))
-        self.input.count(count)
+        if not self._reduce:
+            self.input.count(count)
         self.output.add(s.permute(3, 0, 1, 2, 4).flatten(1, 2))
 
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
@@ -246,9 +245,8 @@ class LookupStatistics(LayerStatistics):
                 self._add_mean_units(indices, kept)
             else:
                 self.output.add_units(indices.flatten(), kept.flatten())
-            self.output.count(group.n if self._reduce else kept.sum())
+                self.output.count(kept.sum())
             self.input.add(s.flatten(0, 1)[None])
-        self.input.count(group.n)
 
     def _add_mean_units(self, indices: Tensor, kept: Tensor) -> None:
         """Add the squared shares of each example's positions that look up each table row."""
@@ -288,8 +286,6 @@ class TiedStatistics(LayerStatistics):
         for gradients in self._matrices(group, weights):
             self.input.add(gradients[None])
             self.output.add(gradients.mT[None])
-        self.input.count(group.n)
-        self.output.count(group.n)
 
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
         """Add one batch's squared per-example gradients in the eigenbasis."""
@@ -320,13 +316,13 @@ def layer_statistics(
         return LinearStatistics(group.layout, like, weight_sharing)
     if group.table is None:
         return None
-    if group.lookups() is None:
+    if group.form == "tied table":
         return TiedStatistics(group.table, like)
     return LookupStatistics(group.table, like, weight_sharing)
 
 
 def set_eigenbases(
-    layers: Mapping[str, LayerStatistics],
+    layers: Mapping[str, LayerStatistics], n: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Give every layer the eigenvectors of its sides.
 
@@ -334,6 +330,8 @@ def set_eigenbases(
     ----------
     layers : mapping of str to LayerStatistics
         By name, for errors.
+    n : int
+        Number of examples, those that met no layer counted.
 
     Returns
     -------
@@ -346,7 +344,7 @@ def set_eigenbases(
         If a side is not finite, by the layer's name.
     """
     full = {
-        (name, role): side.mean()
+        (name, role): side.mean(n)
         for name, layer in layers.items()
         for role, side in (("output", layer.output), ("input", layer.input))
         if not side.diagonal
@@ -356,7 +354,7 @@ def set_eigenbases(
     for name, layer in layers.items():
         sides = []
         for role, side in (("output", layer.output), ("input", layer.input)):
-            sides.append((side.mean(), None) if side.diagonal else solved[f"{name} ({role} side)"])
+            sides.append((side.mean(n), None) if side.diagonal else solved[f"{name} ({role} side)"])
         (output_values, output_basis), (input_values, input_basis) = sides
         layer.set_bases(output_basis, input_basis)
         eigenvalues[name] = (output_values, input_values)

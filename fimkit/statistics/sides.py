@@ -30,12 +30,14 @@ class Side:
 
     def __init__(self, groups: int, size: int, like: Tensor, *, diagonal: bool) -> None:
         self.diagonal = diagonal
+        self._counted = False
         # Of a whole matrix only what is on and above the diagonal is kept up to date.
         self._sum = like.new_zeros((groups, size) if diagonal else (groups, size, size))
         self._count = like.new_zeros((), dtype=torch.float64 if like.device.type != "mps" else None)
 
     def count(self, number: Tensor | int) -> None:
-        """Count what the mean is over."""
+        """Count positions: the mean is then over them, else over all examples."""
+        self._counted = True
         self._count += number
 
     def add(self, vectors: Tensor) -> None:
@@ -56,9 +58,10 @@ class Side:
         """Add the outer products of weighted unit vectors, to a diagonal."""
         self._sum[0].index_add_(0, indices, weights)
 
-    def mean(self) -> Tensor:
-        """Return the mean; zero where nothing was counted."""
-        mean = self._sum / self._count.clamp(min=1).to(self._sum.dtype)
+    def mean(self, n: int) -> Tensor:
+        """Return the mean over the positions counted, or over n examples where none were."""
+        count = self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n
+        mean = self._sum / count
         return mean if self.diagonal else mean.triu() + mean.triu(1).mT
 
 

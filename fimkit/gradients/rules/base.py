@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,10 +131,25 @@ class Use(ABC):
             Which examples, and where they are.
         """
 
+    #: The call's input, detached.
+    x: Tensor
+
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the use keeps."""
+        return self.x.nbytes
+
+    def own_input(self, shared: Collection[int]) -> None:
+        """Copy the input where its memory is not its own.
+
+        Parameters
+        ----------
+        shared : collection of int
+            Addresses of memory that others may write to: the batch's and the model's.
+        """
+        storage = self.x.untyped_storage()
+        if storage.data_ptr() in shared or storage.nbytes() > 2 * self.x.nbytes:
+            self.x = self.x.clone()
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -64,11 +64,6 @@ class ConvolutionUse(MatrixUse):
             return None
         return cls(input, weight, slots, stride, padding, dilation, groups)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the use keeps."""
-        return self.x.nbytes
-
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:1]) if self._batched else ()

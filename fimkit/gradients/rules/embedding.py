@@ -22,7 +22,7 @@ class EmbeddingUse(Use):
         self, indices: Tensor, slot: Slot, shape: torch.Size, padding_idx: int | None
     ) -> None:
         self.names = (slot.name,)
-        self._indices = indices
+        self.x = indices
         self.table = MatrixLayout(1, shape[0], shape[1])
         self._padding_idx = padding_idx
 
@@ -46,11 +46,6 @@ class EmbeddingUse(Use):
             padding_idx %= weight.shape[0]
         return cls(input, slot, weight.shape, padding_idx)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the use keeps."""
-        return self._indices.nbytes
-
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])
@@ -58,7 +53,7 @@ class EmbeddingUse(Use):
     def lookup_rows(self, signals: Tensor, examples: Examples) -> LookupRows:
         """Return the rows of the table's gradients by position, not by table entry."""
         s = examples.split_signals(signals, self.lead)
-        indices = examples.split(self._indices, self.lead)
+        indices = examples.split(self.x, self.lead)
         if self._padding_idx is not None:
             s = s * (indices != self._padding_idx)[:, None, :, None]
         return LookupRows(indices, s, self.table.out)

@@ -39,11 +39,6 @@ class LinearUse(MatrixUse):
         slots = index.slot(weight), index.slot(bias)
         return cls(input, weight, slots) if slots != (None, None) and weight.ndim == 2 else None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the use keeps."""
-        return self.x.nbytes
-
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])

@@ -23,11 +23,6 @@ class _TransposedUse(MatrixUse):
         self.weight_shape = weight.shape
         self.layout = MatrixLayout(1, weight.shape[1], weight.shape[0], transposed=True)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the use keeps."""
-        return self.x.nbytes
-
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])

@@ -32,11 +32,6 @@ class _NormUse(Use):
     def sum_positions(self, values: Tensor) -> Tensor:
         """Sum ``(m, c, T, *features)`` values to ``(m, c, *parameter shape)``."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the use keeps."""
-        return self.x.nbytes
-
     def rows(self, name: str, signals: Tensor, examples: Examples) -> Tensor:
         """Return per-example gradients of one parameter, shape ``(m, c, *shape)``."""
         s = examples.split_signals(signals, self.lead)
