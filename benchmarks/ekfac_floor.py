@@ -1,19 +1,20 @@
 """The least work that any EK-FAC must do on this machine, as plain matrix products.
 
-For the data of a case, in float32, empirical Fisher, as few operations as the method allows:
+EK-FAC of a case's data in float32, empirical Fisher, in as few lines and operations as it takes:
 
 pass       one forward and one backward pass per batch, no gradient of any parameter
 grams      per layer and batch, A += aᵀa of its inputs (patches; a last column of ones for the
            bias) and S += sᵀs of its output gradients
 eigh       the eigendecomposition of every A and S in float64, side by side, one thread each
-squares    Lambda: with one position per example one product (s²)ᵀ(a²) per layer; with more, one
-           product sᵀa per example, squared and summed
-rotations  the two products s Q_S and a Q_A per layer; no part of the floor's total, as it does
-           not say which way of rotating is the cheapest
-vector     multiplying one vector by the damped inverse; no part of the total either
+squares    Lambda: with one position per example one product (s²)ᵀ(a²) per layer and batch; with
+           more, one product sᵀa per example, squared and summed
+rotations  into the eigenvectors' basis: of a and s, or of sᵀa where that is less work
+vector     multiplying one vector by the damped inverse
 
-Inputs (as patches) and gradients stay in memory between the two halves. Lambda's basis and scale
-are left out and nothing is checked: this is a measure of time, not an implementation.
+The floor is the sum of the first four. Inputs and gradients of all batches stay in memory; nothing
+is checked, and what is neither Linear nor Conv2d is not known. Products are those of torch as
+anyone would write them: a library that uses the symmetry of A and S, or lays out memory better, may
+go below the floor in a stage.
 
 Run from the repository root, with nothing else running::
 
@@ -27,10 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.functional import cross_entropy, unfold
+from torch.nn.functional import cross_entropy, pad
 
 from benchmarks.common import machine, spread, table
-from benchmarks.ekfac_peers import CASES, make_case
+from benchmarks.ekfac_peers import CASES, Result, make_case
 
 STAGES = ("pass", "grams", "eigh", "squares", "rotations", "vector")
 COUNTED = STAGES[:4]
@@ -38,8 +39,28 @@ COUNTED = STAGES[:4]
 CHUNK = 8 * 2**20
 
 
+class Laps:
+    """Seconds of wall clock and of CPU per stage, each from the end of the one before."""
+
+    def __init__(self):
+        self.wall, self.cpu = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+        self._last = time.perf_counter(), time.process_time()
+
+    def end(self, stage):
+        """End a stage."""
+        now = time.perf_counter(), time.process_time()
+        self.wall[stage] += now[0] - self._last[0]
+        self.cpu[stage] += now[1] - self._last[1]
+        self._last = now
+
+    @property
+    def floor(self):
+        """Seconds of wall clock and of CPU of the stages that count."""
+        return tuple(sum(clock[stage] for stage in COUNTED) for clock in (self.wall, self.cpu))
+
+
 def forward_backward(problem, x, y):
-    """Return, per layer, its input and its output's gradient of the summed loss."""
+    """Return, per layer, its input and the gradient of the summed loss at its output."""
     inputs, edges, handles = {}, {}, []
     for name, layer in problem.layers.items():
 
@@ -56,12 +77,36 @@ def forward_backward(problem, x, y):
 
 def positions(layer, x, g):
     """Return inputs (n, T, in + 1) and output gradients (n, T, out) of a layer."""
-    if isinstance(layer, nn.Conv2d):
-        x = unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
-        g = g.flatten(2).mT
+    if not isinstance(layer, nn.Conv2d):
+        x, g = (t.view(len(t), -1, t.shape[-1]) for t in (x, g))
+        return pad(x, (0, 1), value=1.0), g
+    (h, w), (down, right) = layer.kernel_size, layer.stride
+    rows, columns = layer.padding
+    x = pad(x, (columns, columns, rows, rows)).unfold(2, h, down).unfold(3, w, right)
+    x = x.permute(0, 1, 4, 5, 2, 3)
+    patches = x.new_ones(len(x), x[0, ..., 0, 0].numel() + 1, x[0, 0, 0, 0].numel())
+    patches[:, :-1].view(x.shape).copy_(x)
+    return patches.mT, g.flatten(2).mT
+
+
+def positions_fastest(m):
+    """Whether (n, T, k) lie in memory as (n, k, T), as a convolution's do."""
+    return m.shape[1] > 1 and m.stride(1) == 1
+
+
+def add_gram(total, m):
+    """Add ``mᵀm`` over all positions."""
+    if positions_fastest(m):
+        total.addbmm_(m.mT, m)
     else:
-        x, g = x.view(len(x), -1, x.shape[-1]), g.view(len(g), -1, g.shape[-1])
-    return nn.functional.pad(x, (0, 1), value=1.0), g
+        total.addmm_(m.flatten(0, 1).T, m.flatten(0, 1))
+
+
+def rotate(m, basis):
+    """Return ``m @ basis``, in the order of m's memory."""
+    if positions_fastest(m):
+        return torch.bmm(basis.T.expand(len(m), -1, -1), m.mT).mT
+    return (m.flatten(0, 1) @ basis).view(m.shape)
 
 
 def decompose(matrices):
@@ -78,68 +123,64 @@ def decompose(matrices):
     return found
 
 
-def add_squares(total, a, s):
-    """Add the squares of every example's ``sᵀa`` to ``total``."""
-    if a.shape[1] == 1:
-        total.addmm_(s[:, 0].square().T, a[:, 0].square())
+def add_squares(total, a, s, q_a, q_s, laps):
+    """Add the squares of every example's ``Q_Sᵀ sᵀa Q_A``."""
+    count, (out, size) = a.shape[1], total.shape
+    factors_first = count * (size**2 + out**2) <= size * out * (size + out)
+    if factors_first or count == 1:
+        a, s = rotate(a, q_a), rotate(s, q_s)
+        laps.end("rotations")
+    if count == 1:
+        total.addmm_(s[:, 0].square_().T, a[:, 0].square_())
+        laps.end("squares")
         return
     step = max(1, CHUNK // (total.numel() * total.element_size()))
     for some_a, some_s in zip(a.split(step), s.split(step), strict=True):
         products = some_s.mT @ some_a
+        laps.end("squares")
+        if not factors_first:
+            products = torch.bmm(q_s.T.expand(len(products), -1, -1), products) @ q_a
+            laps.end("rotations")
         total += products.square_().sum(0)
+    laps.end("squares")
 
 
 def floor(problem):
-    """Return a function that does the work once.
-
-    It returns the seconds of every stage, of wall clock and of CPU, as two dictionaries.
-    """
+    """Return a function that computes EK-FAC once; its result's ``native`` are the `Laps`."""
 
     def run():
-        clocks = time.perf_counter, time.process_time
-        seconds = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
-        last = [clock() for clock in clocks]
-
-        def lap(stage):
-            for i, clock in enumerate(clocks):
-                now = clock()
-                seconds[i][stage] += now - last[i]
-                last[i] = now
-
-        layers = problem.layers
-        kept, grams, squares = [], {}, {}
+        laps = Laps()
+        layers, kept, grams, squares = problem.layers, [], {}, {}
         for x, y in problem.loader:
             captured = forward_backward(problem, x, y)
-            lap("pass")
+            laps.end("pass")
             for name, (inputs, gradients) in captured.items():
                 a, s = positions(layers[name], inputs, gradients)
                 kept.append((name, a, s))
-                for key, flat in (((name, "A"), a.flatten(0, 1)), ((name, "S"), s.flatten(0, 1))):
+                for key, m in (((name, "A"), a), ((name, "S"), s)):
                     if key not in grams:
-                        grams[key] = flat.new_zeros(flat.shape[1], flat.shape[1])
-                    grams[key].addmm_(flat.T, flat)
-            lap("grams")
+                        grams[key] = m.new_zeros(m.shape[2], m.shape[2])
+                    add_gram(grams[key], m)
+            laps.end("grams")
         bases = decompose(grams)
-        lap("eigh")
+        laps.end("eigh")
         for name, a, s in kept:
             if name not in squares:
                 squares[name] = a.new_zeros(s.shape[2], a.shape[2])
-            add_squares(squares[name], a, s)
-            lap("squares")
-            _ = a.flatten(0, 1) @ bases[name, "A"], s.flatten(0, 1) @ bases[name, "S"]
-            lap("rotations")
-        for name, matrix in problem.matrices(problem.vector).items():
-            left, right = bases[name, "S"], bases[name, "A"]
-            _ = left @ ((left.T @ matrix @ right) / (squares[name] + problem.damping)) @ right.T
-        lap("vector")
-        return seconds
+            add_squares(squares[name], a, s, bases[name, "A"], bases[name, "S"], laps)
+        eigenvalues = {name: total / len(problem.x) for name, total in squares.items()}
+        laps.end("squares")
+        pieces = []
+        for name, v in problem.matrices(problem.vector).items():
+            q_s, q_a = bases[name, "S"], bases[name, "A"]
+            scaled = (q_s.T @ v @ q_a) / (eigenvalues[name] + problem.damping)
+            product = q_s @ scaled @ q_a.T
+            pieces += [product[:, :-1].flatten(), product[:, -1]]
+        ifvp = torch.cat(pieces)
+        laps.end("vector")
+        return Result({name: v.sum().item() for name, v in eigenvalues.items()}, ifvp, laps)
 
     return run
-
-
-def total(seconds):
-    """Return the seconds of the stages that count."""
-    return sum(seconds[stage] for stage in COUNTED)
 
 
 def main():
@@ -153,12 +194,13 @@ def main():
     print("seconds: median, minimum, maximum")
     for case in args.cases:
         run = floor(make_case(case))
-        laps = [run() for _ in range(args.repeats + 1)][1:]
-        print()
+        runs = [run().native for _ in range(args.repeats + 1)][1:]
         rows = [(case, "wall", "CPU")]
         for stage in STAGES:
-            rows.append((stage, *(spread([lap[i][stage] for lap in laps]) for i in (0, 1))))
-        rows.append(("floor", *(spread([total(lap[i]) for lap in laps]) for i in (0, 1))))
+            clocks = zip(*((laps.wall[stage], laps.cpu[stage]) for laps in runs), strict=True)
+            rows.append((stage, *map(spread, clocks)))
+        rows.append(("floor", *map(spread, zip(*(laps.floor for laps in runs), strict=True))))
+        print()
         table(rows, spreads=2)
 
 

@@ -106,12 +106,11 @@ def compare(case, names, args):
             continue
         *times, results[name] = timed(runs[name])
         if round_ and name == "floor":
-            laps.append(results[name])
-            times = map(ekfac_floor.total, results[name])
+            laps.append(results[name].native)
+            times = laps[-1].floor
         if round_:
-            seconds[name].append(tuple(times))
-    results.pop("floor", None)
-    exact = reference(problem) if results else None
+            seconds[name].append(times)
+    exact = reference(problem)
     rows = [HEADER]
     for name in filter(seconds.get, seconds):
         wall, cpu = zip(*seconds[name], strict=True)
@@ -119,14 +118,13 @@ def compare(case, names, args):
         if seconds.get("fimkit"):
             ours = statistics.median(wall for wall, _ in seconds["fimkit"])
             row[-1] = f"{statistics.median(wall) / ours:.2f}"
-        if name in results:
-            used = fresh_process("benchmarks.ekfac_speed", "--memory", case, name)
-            row += [f"{used['peak'] / MIB:.0f}", f"{(used['peak'] - used['baseline']) / MIB:.0f}"]
-            row += [f"{error:.1e}" for error in errors(results[name], exact)]
+        used = fresh_process("benchmarks.ekfac_speed", "--memory", case, name)
+        row += [f"{used['peak'] / MIB:.0f}", f"{(used['peak'] - used['baseline']) / MIB:.0f}"]
+        row += [f"{error:.1e}" for error in errors(results[name], exact)]
         rows.append(row)
     table(rows)
     if laps:
-        medians = [(s, statistics.median(wall[s] for wall, _ in laps)) for s in ekfac_floor.STAGES]
+        medians = [(s, statistics.median(lap.wall[s] for lap in laps)) for s in ekfac_floor.STAGES]
         print("the floor's stages: " + "  ".join(f"{stage} {t:.3f}" for stage, t in medians))
 
 

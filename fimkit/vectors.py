@@ -114,7 +114,9 @@ class ParameterSpace:
                     f"(k, *{shape}) for k vectors."
                 )
             backs.append(back)
-            flats.append(tensor.reshape(batches[name] or 1, -1))
+            k = batches[name]
+            width = self.slices[name].stop - self.slices[name].start
+            flats.append(tensor.reshape(1 if k is None else k, width))
         if len(set(batches.values())) != 1:
             raise IFVPUsageError(
                 "vectors differ in their leading size k between parameters: "

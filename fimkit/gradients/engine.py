@@ -30,7 +30,7 @@ from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.rules import Use
 from fimkit.gradients.tree import tensors
-from fimkit.gradients.verification import RandomSum, graph_shape
+from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars
 from fimkit.losses import Uniforms
 from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
@@ -49,6 +49,7 @@ class _Pass:
     mask: Tensor | None
     uses: list[Use]
     graph: frozenset[tuple[Any, int]]
+    rearranged: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,7 +59,9 @@ class _Pass:
     @property
     def key(self) -> Any:
         """What checks hold for: the graph, and that a lone example fits every layout."""
-        return self.shape[0] > 1, self.graph, tuple(use.key for use in self.uses)
+        n = self.shape[0]
+        leading = tuple(tensor.ndim > 0 and tensor.shape[0] == n for tensor in tensors(self.batch))
+        return n > 1, self.graph, leading, tuple((use.key, use.repeats(n)) for use in self.uses)
 
 
 class GradientEngine:
@@ -139,6 +142,9 @@ class GradientEngine:
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         with self._autocast.restored(), Capture(self._parameters) as capture:
+            self._objective.loss.targets(
+                batch
+            )  # refuses a batch without any
             outputs = self._objective.loss.outputs(self._model, batch)
             labels = self._objective.labels(outputs, batch, uniforms)
             scalars, weights, mask = self._objective.scalars(outputs, labels)
@@ -149,7 +155,7 @@ class GradientEngine:
             )
         mask = _padding_mask(batch) if mask is None else mask
         graph = graph_shape(scalars, capture.detached)
-        return _Pass(batch, labels, scalars, weights, mask, capture.uses, graph)
+        return _Pass(batch, labels, scalars, weights, mask, capture.uses, graph, capture.rearranged)
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -168,23 +174,31 @@ class GradientEngine:
         Parameters that fail move to the fallback, which must pass the same check.
         """
         check = RandomSum(run.scalars, run.uses, self._parameters, self._autocast.precision)
-        layouts = [
+        check.refuse_infinite()
+        found = [
             check.layout(i, use, signal)
             for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
         ]
+        layouts = [layout for layout, _ in found]
         for use, layout in zip(run.uses, layouts, strict=True):
             if layout is None:
                 self._fallback_names.update(use.names)
-        groups = self._groups or self._pair(run.uses)
-        captured = self._collect(run, _locate(run, signals, layouts), {}, groups).rows()
-        self._fallback_names.update(check.disagreeing(captured, self._places(fallback=False)))
-        self._groups = self._groups or self._pair(run.uses)
+        located = _locate(run, signals, layouts)
+        while True:  # what falls back may pair the rest in another way
+            groups = self._groups or self._pair(run.uses)
+            captured = self._collect(run, located, {}, groups).rows()
+            wrong = check.disagreeing(captured, self._places(fallback=False))
+            if not wrong:
+                break
+            self._fallback_names.update(wrong)
+        self._groups = groups
         for group in self._groups:
             if not self._fallback_names.isdisjoint(group.names):
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
-        # A call without gradient proves no layout: look again in the next batch.
-        if all(signal is not None and bool(signal.any()) for signal in signals):
+        self._verify_alone(run)
+        # Without a proof, or where examples may change places, look again in the next batch.
+        if not run.rearranged and all(proven for _, proven in found):
             self._layouts[run.key] = layouts
         for name in self._space.shapes:
             if name in self._fallback_names:
@@ -225,6 +239,18 @@ class GradientEngine:
             "has its examples neither along its first nor its second dimension. Remove the "
             "dependence, or leave these parameters out with parameters=."
         )
+
+    def _verify_alone(self, run: _Pass) -> None:
+        """Refuse losses of an example that are others without the rest of its batch."""
+        if run.shape[0] < 2:
+            return
+        alone = self._fallback.first_alone(run.batch, run.labels, run.shape[0])
+        if alone and not any(same_scalars(scalars, run.scalars[:1]) for scalars in alone):
+            raise IFVPUsageError(
+                "an example alone has another loss than in its batch: its loss depends on the "
+                "others (batch statistics, a division by the batch's length), or differs between "
+                "calls (randomness in the model). Remove the dependence."
+            )
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +53,22 @@ class FallbackGradients:
     def description(self) -> str:
         """How gradients are obtained."""
         return "torch.func" if self.vectorized else "one backward pass per example"
+
+    def first_alone(self, batch: Any, labels: list[Any], n: int) -> list[Tensor]:
+        """Return the first example's scalars without the rest, by each way to cut it out."""
+        found = []
+        dim = self.batch_dim
+        for self.batch_dim in dict.fromkeys((dim, 0, 1)):
+            with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
+                cut = map_tensors(partial(self._example, 0, n), (batch, labels))
+                found.append(self._program(*cut))
+        self.batch_dim = dim
+        return found
+
+    def _example(self, i: int, n: int, tensor: Tensor) -> Tensor:
+        """Return what a tensor of the batch holds of one example, or all that examples share."""
+        dim = self._dim(tensor, n)
+        return tensor if dim is None else tensor.narrow(dim, i, 1)
 
     def rows(
         self, names: Sequence[str], batch: Any, labels: list[Any], n: int
@@ -105,12 +123,8 @@ class FallbackGradients:
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(n):
-
-            def example(tensor: Tensor, i: int = i) -> Tensor:
-                dim = self._dim(tensor, n)
-                return tensor if dim is None else tensor.narrow(dim, i, 1)
-
-            scalars = self._program(*map_tensors(example, (batch, labels)))
+            cut = map_tensors(partial(self._example, i, n), (batch, labels))
+            scalars = self._program(*cut)
             if scalars.shape[0] != 1:
                 raise IFVPUsageError(
                     "a single example cut out of the batch gave losses of shape "

@@ -14,7 +14,7 @@ from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
 from fimkit.operators import RowMatrix
 
-__all__ = ["RandomSum", "graph_shape"]
+__all__ = ["RandomSum", "graph_shape", "same_scalars"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -48,12 +48,14 @@ class RandomSum:
         random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64)
         self.coefficients = random.to(scalars)
         inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
+        self._total = (self.coefficients * scalars).sum()
         gradients = torch.autograd.grad(
-            (self.coefficients * scalars).sum(),
+            self._total,
             inputs,
             retain_graph=True,
             allow_unused=True,
         )
+        self._total = self._total.detach()
         self._signals = gradients[: len(uses)]
         self._parameters = {
             name: torch.zeros_like(parameter) if gradient is None else gradient
@@ -62,28 +64,48 @@ class RandomSum:
             )
         }
 
-    def layout(self, i: int, use: Use, signals: Tensor | None) -> BatchLayout | None:
+    def layout(self, i: int, use: Use, signals: Tensor | None) -> tuple[BatchLayout | None, bool]:
         """Return the layout under which each position answers to one example's scalars only.
 
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
+
+        Returns
+        -------
+        layout : BatchLayout or None
+            The one that fits best; None if none does.
+        proven : bool
+            Whether it is the only one that fits, by gradients that are not all zero.
         """
         n = self.coefficients.shape[0]
         candidates = candidate_layouts(use.lead, n)
         observed = self._signals[i]
         if signals is None or observed is None:
-            return candidates[0] if candidates else BatchLayout(None)
+            return (candidates[0] if candidates else BatchLayout(None)), False
         tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
         weights = self.coefficients.to(signals)
+        size = _norm(observed)
+        fitting: list[tuple[float, BatchLayout]] = []
         for layout in candidates:
             expected = sum(
                 layout.split(signal, use.lead, n).flatten(1) * weights[:, j, None]
                 for j, signal in enumerate(signals)
             )
             error = layout.split(observed, use.lead, n).flatten(1) - expected
-            if _norm(error) <= tolerance * _norm(observed):
-                return layout
-        return None
+            if _norm(error) <= tolerance * size:
+                fitting.append((_norm(error), layout))
+        if not fitting:
+            return None, True
+        return min(fitting, key=lambda item: item[0])[1], len(fitting) == 1 and size > 0
+
+    def refuse_infinite(self) -> None:
+        """Raise if the scalars or their gradients are not finite."""
+        checked = [self._total, *self._parameters.values()]
+        if not all(bool(tensor.sum().isfinite()) for tensor in checked):
+            raise IFVPUsageError(
+                "it gives NaN or infinite losses or gradients; look for NaN inputs, log(0) in the "
+                "loss, or a diverged model."
+            )
 
     def disagreeing(self, rows: RowMatrix, places: Mapping[str, slice]) -> list[str]:
         """Return the parameters whose rows do not add up to autograd's gradient.
@@ -165,6 +187,15 @@ def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, in
             "from autograd.grad; pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
         )
     return frozenset(counts.items())
+
+
+def same_scalars(one: Tensor, other: Tensor) -> bool:
+    """Whether two computations of the same scalars agree, up to the rounding of their dtype."""
+    if one.shape != other.shape:
+        return False
+    tolerance = 10 * _tolerance(other.dtype)
+    scale = other.abs().max().clamp(min=1)
+    return bool(((one - other).abs() <= tolerance * scale).all())
 
 
 def _tolerance(dtype: torch.dtype) -> float:

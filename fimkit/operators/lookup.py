@@ -41,9 +41,9 @@ class LookupRows(Rows):
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return LookupRows(self.indices, self.signals.abs(), self.vocabulary)
 
-    def zeros(self, n: int) -> LookupRows:
-        """Return zero rows of n examples in the same form."""
-        signals = self.signals.new_zeros((n, self.c, 1, self.features))
+    def zeros(self, n: int, c: int) -> LookupRows:
+        """Return zero rows of n examples, c each, in the same form."""
+        signals = self.signals.new_zeros((n, c, 1, self.features))
         return LookupRows(self.indices.new_zeros((n, 1)), signals, self.vocabulary)
 
     def compact(self) -> Rows:
@@ -90,7 +90,7 @@ class LookupRows(Rows):
         for part in chunks(self.n, each * (k + self.c)):
             s = self.signals[part].to(coefficients.dtype).flatten(2)
             sums = coefficients[:, part].transpose(0, 1) @ s  # (m, k, T * d)
-            sums = sums.transpose(0, 1).reshape(k, -1, self.features)
+            sums = sums.transpose(0, 1).reshape(k, sums.shape[0] * self.positions, self.features)
             out.index_add_(1, self.indices[part].flatten(), sums)
         return out.flatten(1)
 

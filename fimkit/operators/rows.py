@@ -52,8 +52,8 @@ class Rows(ABC):
         """Return rows that bound the sizes of what was added up in each entry."""
 
     @abstractmethod
-    def zeros(self, n: int) -> Rows:
-        """Return zero rows of n examples in the same form."""
+    def zeros(self, n: int, c: int) -> Rows:
+        """Return zero rows of n examples, c each, in the same form."""
 
     @classmethod
     @abstractmethod
@@ -152,15 +152,15 @@ class ZeroRows(Rows):
         """Return rows that bound the sizes of what was added up in each entry."""
         return self
 
-    def zeros(self, n: int) -> ZeroRows:
-        """Return zero rows of n examples in the same form."""
+    def zeros(self, n: int, c: int) -> ZeroRows:
+        """Return zero rows of n examples, c each, in the same form."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return ZeroRows((n, self.c, self.width), like)
+        return ZeroRows((n, c, self.width), like)
 
     @classmethod
     def cat(cls, parts: Sequence[ZeroRows]) -> ZeroRows:
         """Join the examples of all parts."""
-        return parts[0].zeros(sum(part.n for part in parts))
+        return parts[0].zeros(sum(part.n for part in parts), max(part.c for part in parts))
 
     def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""
@@ -203,9 +203,9 @@ class DenseRows(Rows):
         """Return rows that bound the sizes of what was added up in each entry."""
         return DenseRows(self.rows.abs())
 
-    def zeros(self, n: int) -> DenseRows:
-        """Return zero rows of n examples in the same form."""
-        return DenseRows(self.rows.new_zeros((n, self.c, self.width)))
+    def zeros(self, n: int, c: int) -> DenseRows:
+        """Return zero rows of n examples, c each, in the same form."""
+        return DenseRows(self.rows.new_zeros((n, c, self.width)))
 
     def densify(self) -> DenseRows:
         """Return these rows."""
@@ -244,12 +244,12 @@ class FactoredRows(Rows):
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return FactoredRows(self.inputs.abs(), self.signals.abs(), self.layout)
 
-    def zeros(self, n: int) -> FactoredRows:
-        """Return zero rows of n examples in the same form."""
+    def zeros(self, n: int, c: int) -> FactoredRows:
+        """Return zero rows of n examples, c each, in the same form."""
         groups, out, columns = self.layout.groups, self.layout.out, self.layout.columns
         return FactoredRows(
             self.inputs.new_zeros((n, 1, groups, columns)),
-            self.signals.new_zeros((n, self.c, 1, groups, out)),
+            self.signals.new_zeros((n, c, 1, groups, out)),
             self.layout,
         )
 
@@ -410,7 +410,7 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     stored = [part for part in parts if not isinstance(part, ZeroRows)]
     if stored:
-        parts = [stored[0].zeros(p.n) if isinstance(p, ZeroRows) else p for p in parts]
+        parts = [stored[0].zeros(p.n, p.c) if isinstance(p, ZeroRows) else p for p in parts]
     forms = {(type(part), getattr(part, "layout", None)) for part in parts}
     if len(forms) == 1:
         return type(parts[0]).cat(parts)
