@@ -163,8 +163,7 @@ class LinearStatistics(LayerStatistics):
         if weights is not None:
             s = s * weights.to(s).sqrt()[:, :, None, None, None]
         self.input.add(a.permute(2, 0, 1, 3))
-        if not self._reduce:
-            self.input.count(count)
+        self.input.count(a.shape[0] if self._reduce else count)
         self.output.add(s.permute(3, 0, 1, 2, 4).flatten(1, 2))
 
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
@@ -243,6 +242,7 @@ class LookupStatistics(LayerStatistics):
             if self._reduce:
                 s = s.sum(2, keepdim=True)
                 self._add_mean_units(indices, kept)
+                self.output.count(len(indices))
             else:
                 self.output.add_units(indices.flatten(), kept.flatten())
                 self.output.count(kept.sum())
