@@ -134,7 +134,7 @@ class ParameterSpace:
             out = []
             for (name, shape), back in zip(self.shapes.items(), backs, strict=True):
                 piece = result[:, self.slices[name]]
-                out.append(back(piece.reshape((-1, *shape) if batched else shape)))
+                out.append(back(piece.reshape((len(piece), *shape) if batched else shape)))
             return out
 
         return joined, restore

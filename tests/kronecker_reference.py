@@ -210,7 +210,9 @@ class Layer:
         """
         out = torch.zeros(self.index.numel(), self.index.numel(), dtype=torch.float64)
         sides = [
-            side.diagonal(0, 1, 2).diag_embed() if largest is not None and side.shape[-1] > largest else side
+            side.diagonal(0, 1, 2).diag_embed()  # noqa: E501
+            if largest is not None and side.shape[-1] > largest
+            else side
             for side in self.factors()
         ]
         for index, output, input in zip(self.index, *sides, strict=True):

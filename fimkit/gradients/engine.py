@@ -142,9 +142,7 @@ class GradientEngine:
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         with self._autocast.restored(), Capture(self._parameters) as capture:
-            self._objective.loss.targets(
-                batch
-            )  # refuses a batch without any
+            self._objective.loss.targets(batch)  # refuses a batch without any
             outputs = self._objective.loss.outputs(self._model, batch)
             labels = self._objective.labels(outputs, batch, uniforms)
             scalars, weights, mask = self._objective.scalars(outputs, labels)
