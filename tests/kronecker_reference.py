@@ -210,7 +210,7 @@ class Layer:
         """
         out = torch.zeros(self.index.numel(), self.index.numel(), dtype=torch.float64)
         sides = [
-            side.diagonal(0, 1, 2).diag_embed()  # noqa: E501
+            side.diagonal(0, 1, 2).diag_embed()
             if largest is not None and side.shape[-1] > largest
             else side
             for side in self.factors()
