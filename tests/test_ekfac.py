@@ -190,6 +190,16 @@ SITUATIONS = {
             ),
             volumes,
         ),
+        situation(
+            "convolutions with one position",
+            lambda: nn.Sequential(
+                nn.Conv1d(4, 4, 5, groups=2),
+                nn.Tanh(),
+                nn.Conv1d(4, 3, 1, bias=False),
+                nn.Flatten(),
+            ),
+            sequences(length=4),
+        ),
         situation("table", looked_up, one_label_per_sequence(tokens())),
         situation("table looked up twice", looked_up_twice, one_label_per_sequence(tokens())),
         situation("tied table", tied_table(False), tokens()),
@@ -705,11 +715,12 @@ def conditional_batches(*flags):
     return batches if flags == (True, False) else batches[::-1]
 
 
-def test_layer_first_met_in_a_later_batch():
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_layer_first_met_in_a_later_batch(method):
     """Which batch is first decides about nothing."""
     model = situation("conditional", lambda: conditional(True), points()).model()
-    first = EKFAC().fit(model, conditional_batches(True, False))
-    later = EKFAC().fit(model, conditional_batches(False, True))
+    first = method().fit(model, conditional_batches(True, False))
+    later = method().fit(model, conditional_batches(False, True))
     assert later.coverage_ == first.coverage_
     assert set(later.eigenvalues_) == set(first.eigenvalues_) == {"first", "extra", "head"}
     assert difference(later.fisher_.to_dense(), first.fisher_.to_dense()) <= 1e-9
