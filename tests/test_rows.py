@@ -133,6 +133,7 @@ KINDS = [
     Factors(positions=2, c=2, out=9, in_=8, bias=True),  # factors are smaller than rows
     Factors(positions=2, groups=3, out=2, in_=2, bias=True),
     Factors(groups=2, c=2),
+    Factors(positions=3, groups=2, c=2, out=9, in_=8, bias=True),
     Factors(transposed=True),
     Factors(transposed=True, bias=True, positions=3, c=2),
     Factors(n=1, positions=7, bias=True),
@@ -211,6 +212,7 @@ def test_gram_norms_and_diagonal(kind):
     flat = dense.flatten(0, 1)
     assert error(gram(rows), flat @ flat.T) <= 1e-13
     assert error(rows.squared_norms(torch.float64), dense.square().sum(2)) <= 1e-13
+    assert error(rows.example_grams(torch.float64), dense @ dense.mT) <= 1e-13
     weights = randn(rows.n, rows.c, seed=3).abs()
     expected = torch.einsum("nc,ncp->p", weights, dense.square())
     assert error(rows.diagonal(weights), expected) <= 1e-13
@@ -303,6 +305,8 @@ class TestRowMatrix:
         assert error(found, coefficients @ dense) <= 1e-13
         norms = matrix.squared_norms(torch.float64)
         assert error(norms, dense.square().sum(1)) <= 1e-13
+        examples = dense.view(5, 2, 22)
+        assert error(matrix.example_grams(torch.float64), examples @ examples.mT) <= 1e-13
         weights = randn(10).abs()
         assert error(matrix.diagonal(weights), weights @ dense.square()) <= 1e-13
 

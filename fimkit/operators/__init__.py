@@ -2,6 +2,7 @@
 
 from fimkit.operators.base import Operator
 from fimkit.operators.block_diagonal import BlockDiagonalOperator
+from fimkit.operators.datainf import DataInfOperator
 from fimkit.operators.dense import DenseOperator
 from fimkit.operators.gram import GramOperator
 from fimkit.operators.kronecker import EigenKroneckerOperator
@@ -13,6 +14,7 @@ from fimkit.operators.rows import DenseRows, FactoredRows, Rows, ZeroRows, join_
 __all__ = [
     "BlockDiagonalOperator",
     "Columns",
+    "DataInfOperator",
     "DenseOperator",
     "DenseRows",
     "EigenKroneckerOperator",

@@ -101,6 +101,14 @@ class LookupRows(Rows):
             out.append(((s @ s.transpose(2, 3)) * same[:, None]).sum((2, 3)))
         return torch.cat(out)
 
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        out = [
+            (same[:, None] @ s).flatten(2) @ s.flatten(2).mT
+            for same, s in self._coincidences(dtype)
+        ]
+        return torch.cat(out)
+
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
         out = weights.new_zeros((self.vocabulary, self.features))

@@ -139,6 +139,10 @@ class RowMatrix:
         norms = [rows.squared_norms(dtype) for _, rows in self.groups]
         return torch.stack(norms).sum(0).flatten()
 
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own unweighted rows, shape ``(n, c, c)``."""
+        return torch.stack([rows.example_grams(dtype) for _, rows in self.groups]).sum(0)
+
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n * c,)`` weights, shape ``(p,)``."""
         out = weights.new_zeros(self.size)

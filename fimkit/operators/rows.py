@@ -4,7 +4,7 @@ For a linear map the gradient of example i is :math:`G_i = \sum_t s_{it} a_{it}^
 positions. Kept as the pair (a, s), n gradients of ``out * in`` numbers take ``n * T * (in + out)``,
 and everything that is asked of them is one of four operations:
 
-- ``gram``: :math:`\langle g_i, g_j \rangle`,
+- ``gram``: :math:`\langle g_i, g_j \rangle`, of all pairs or within each example,
 - ``squared_norms``: :math:`\|g_i\|^2`,
 - ``project``: :math:`\langle g_i, V \rangle = \sum_t s_{it}^\top V a_{it}`,
 - ``combine``: :math:`\sum_i c_i g_i = \sum_{it} c_i s_{it} a_{it}^\top`.
@@ -91,6 +91,14 @@ class Rows(ABC):
         parts = self._dense_chunks(dtype.itemsize)
         return torch.cat([self.dense(part, dtype).square().sum(2) for part in parts])
 
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        out = torch.empty((self.n, self.c, self.c), dtype=dtype, device=self.device)
+        for part in self._dense_chunks(dtype.itemsize):
+            rows = self.dense(part, dtype)
+            torch.bmm(rows, rows.mT, out=out[part])
+        return out
+
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
         out = weights.new_zeros(self.width)
@@ -173,6 +181,10 @@ class ZeroRows(Rows):
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """Squared Euclidean norm of every row, shape ``(n, c)``."""
         return torch.zeros((self.n, self.c), dtype=dtype, device=self.device)
+
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        return torch.zeros((self.n, self.c, self.c), dtype=dtype, device=self.device)
 
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
@@ -343,6 +355,21 @@ class FactoredRows(Rows):
             ss = s @ s.transpose(-1, -2)
             out.append((aa[:, None] * ss).sum((2, 3, 4)))
         return torch.cat(out)
+
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        t, out, columns = self.positions, self.layout.out, self.layout.columns
+        by_rows = self.c * out * columns * (t + self.c)
+        if t * (t * (self.c * out + columns) + self.c**2 * out) >= by_rows:
+            return super().example_grams(dtype)
+        grams = torch.empty((self.n, self.c, self.c), dtype=dtype, device=self.device)
+        each = self.layout.groups * t * (columns + t + 2 * self.c * out) * dtype.itemsize
+        for part in chunks(self.n, each):
+            a = self.inputs[part].to(dtype).transpose(1, 2)
+            s = self.signals[part].to(dtype).permute(0, 3, 1, 2, 4)  # (m, groups, c, T, out)
+            met = (a @ a.mT)[:, :, None] @ s
+            grams[part] = (met.flatten(3) @ s.flatten(3).mT).sum(1)
+        return grams
 
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
