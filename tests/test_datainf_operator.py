@@ -15,6 +15,7 @@ from fimkit.operators import (
     MatrixLayout,
     RowMatrix,
 )
+from tests import dense
 from tests.operator_suite import OperatorSuite, error
 
 CPU = torch.device("cpu")
@@ -29,26 +30,6 @@ def dense_rows(rows):
     """Return ``(n, c, p)`` rows as a matrix of one group."""
     p = rows.shape[2]
     return [(Columns((slice(0, p),)), DenseRows(rows))]
-
-
-def terms(rows, weights, joint):
-    """Yield the weight and the matrix of each term of the mean, one by one."""
-    for example, shares in zip(rows, weights, strict=True):
-        outer = [torch.outer(row, row) for row in example]
-        if joint:
-            yield 1.0, sum(w * matrix for w, matrix in zip(shares, outer, strict=True))
-        else:
-            yield from zip(shares.tolist(), outer, strict=True)
-
-
-def mean_of_inverses(rows, weights, n, damping, *, joint):
-    """Return ``(1/n) Σ w (λI + F)⁻¹``; what of n is left has no gradient."""
-    identity = torch.eye(rows.shape[2], dtype=torch.float64)
-    out, left = torch.zeros_like(identity), float(n)
-    for weight, matrix in terms(rows, weights, joint):
-        out += weight * torch.linalg.inv(damping * identity + matrix) / n
-        left -= weight
-    return out + left / n * identity / damping
 
 
 class DataInfSuite(OperatorSuite):
@@ -84,17 +65,19 @@ class DataInfSuite(OperatorSuite):
 
     def rows(self):
         """Return the rows one by one, ``(n, c, p)``."""
-        inputs, signals, dense = self.parts()
+        inputs, signals, stored = self.parts()
         out = torch.zeros(self.n, self.c, self.size, dtype=torch.float64)
         for i in range(self.n):
             for j in range(self.c):
                 matrix = torch.outer(signals[i, j, 0, 0], inputs[i, 0, 0])
-                out[i, j, :17] = torch.cat([matrix[:, :-1].flatten(), dense[i, j], matrix[:, -1]])
+                out[i, j, :17] = torch.cat([matrix[:, :-1].flatten(), stored[i, j], matrix[:, -1]])
         return out
 
     def mean(self, damping):
         weights = self.weights() if self.c > 1 else torch.ones(self.n, 1)
-        return mean_of_inverses(self.rows(), weights, self.examples, damping, joint=self.joint)
+        return dense.mean_of_inverses(
+            self.rows(), weights, self.examples, damping, together=self.joint
+        )
 
     def dense(self, damping):
         return torch.linalg.inv(self.mean(damping))
@@ -186,7 +169,7 @@ class TestBlocks(OperatorSuite):
         for block, rows, value in zip((self.outer, self.inner), self.rows(), dampings, strict=True):
             here = torch.tensor(block)
             ones = torch.ones(len(rows), 1)
-            mean = mean_of_inverses(rows, ones, len(rows), value, joint=False)
+            mean = dense.mean_of_inverses(rows, ones, len(rows), value, together=False)
             out[here[:, None], here] = torch.linalg.inv(mean)
         return out
 
@@ -245,7 +228,7 @@ def test_float32_rows(p):
     operator = DataInfOperator(RowMatrix(dense_rows(rows), p), 8, CPU)
     wide = rows.double()
     damping = 1e-4 * float(wide.square().mean())
-    mean = mean_of_inverses(wide, torch.ones(8, 1), 8, damping, joint=False)
+    mean = dense.mean_of_inverses(wide, torch.ones(8, 1), 8, damping, together=False)
     found = operator.solve(rows[:, 0], damping)
     assert found.dtype == torch.float32
     assert error(found, wide[:, 0] @ mean) <= 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from fimkit.data import ModelData
+from fimkit.estimators.blocks import block_columns, block_names
 from fimkit.estimators.regularization import (
     block_regularizations,
     checked_regularization,
@@ -62,6 +63,9 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
+
+    # Whether the method has no inverse without regularization, so that zero is refused.
+    _positive = False
 
     def __init__(
         self,
@@ -114,8 +118,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         run = Run(self, model, dataloader)
         with evaluating(run.model):
             fitted = self._fit(run)
-        if not isinstance(self.regularization, str):
-            block_regularizations(self.regularization, list(fitted["_blocks"]))
+        self._check_regularization(fitted["_blocks"])
         fitted.update(
             n_features_in_=run.space.size,
             n_samples_seen_=run.n,
@@ -243,7 +246,10 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         scores : ndarray of shape (len(regularizations),)
         """
         check_is_fitted(self)
-        dampings = [checked_regularization(value, "regularizations") for value in regularizations]
+        dampings = [
+            checked_regularization(value, "regularizations", positive=self._positive)
+            for value in regularizations
+        ]
         spectrum = self.fisher_.spectrum()
         quadratics = self._reduce(vectors, lambda flat: spectrum.quadratics(flat, dampings))
         logdets = np.asarray(spectrum.logdets(dampings))
@@ -284,10 +290,23 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "fisher_")
 
+    def _divide(self, run: Run, blocks: Any) -> dict[str, Columns]:
+        """Return where each block's parameters lie, having told the run, before any pass."""
+        names = block_names(run.space, blocks)
+        self._check_regularization(names)
+        run.blocks = {name: i for i, members in enumerate(names.values()) for name in members}
+        return {block: block_columns(run.space, members) for block, members in names.items()}
+
+    def _check_regularization(self, blocks: Iterable[str]) -> None:
+        if not isinstance(self.regularization, str):
+            block_regularizations(self.regularization, list(blocks), positive=self._positive)
+
     def _damping(self) -> float | list[float]:
         """Return λ as one number, or as one per block."""
         sizes = {block: columns.size for block, columns in self._blocks.items()}
-        return resolve_regularization(self.regularization, sizes, self._traces)
+        return resolve_regularization(
+            self.regularization, sizes, self._traces, positive=self._positive
+        )
 
     # -- vectors -------------------------------------------------------------------------------
 
