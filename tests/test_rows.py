@@ -178,6 +178,20 @@ def test_dense(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("part", [slice(0, 5), slice(1, 4), slice(3, 3)], ids=str)
+def test_examples(kind, part):
+    """Rows of some examples, or of none, are of the same form and join the others."""
+    rows, dense = kind.make(), kind.dense()
+    some = rows.examples(part)
+    assert type(some) is type(rows)
+    assert (some.n, some.c, some.width) == (len(dense[part]), kind.c, dense.shape[2])
+    assert error(some.densify().rows, dense[part]) <= 1e-14
+    joined = join_rows([some, rows.examples(slice(0, 0)), rows])
+    assert type(joined) is type(rows)
+    assert error(joined.densify().rows, torch.cat([dense[part], dense])) <= 1e-14
+
+
+@every_kind
 @pytest.mark.parametrize("k", [0, 1, 2, 11])
 def test_project(kind, k):
     dense = kind.dense()

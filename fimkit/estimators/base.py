@@ -397,6 +397,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         if fisher is not None:
             objective = Objective(objective.loss, fisher)
         run = Run(self, data, None, objective=objective, seed=seed, space=self._space)
+        run.device = self.device_
         with evaluating(run.model):
             for gradients in run.gradients():
                 yield gradients.rows()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
+import torch
 from sklearn.utils._param_validation import StrOptions
 
 from fimkit.estimators.base import FisherEstimator, compose
 from fimkit.estimators.run import Run
+from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import DataInfOperator
-from fimkit.statistics import RowAccumulator
+from fimkit.statistics import RowAccumulator, RowFolder, StoredRowAccumulator
 
 __all__ = ["DataInf"]
 
@@ -47,6 +51,12 @@ class DataInf(FisherEstimator):
         One block per module that owns parameters, or per parameter, in the order of the
         parameters; a mapping of block name to parameter names or patterns, in its order; or one
         number per parameter, in order, blocks being ordered by number. Numbers may leave gaps.
+    storage : "memory", str or path, default="memory"
+        Where gradients are kept: in memory, or in files of a folder, mapped into memory, so that
+        they may take more than memory holds. Arithmetic is then on the CPU, and results are the
+        same. Each fit has a subfolder of its own, which goes with the fitted estimator; what a
+        crash leaves is removed by the next fit in the folder. An estimator so fitted cannot be
+        pickled. ``dtype=torch.bfloat16`` halves the files.
 
     Attributes
     ----------
@@ -84,6 +94,7 @@ class DataInf(FisherEstimator):
         **FisherEstimator._parameter_constraints,
         "regularization": [StrOptions({"auto"}), Real, "array-like", Mapping],
         "blocks": [StrOptions({"layer", "parameter"}), Mapping, "array-like"],
+        "storage": [str, os.PathLike],
     }
 
     _positive = True
@@ -101,6 +112,7 @@ class DataInf(FisherEstimator):
         random_state: Any = None,
         verbose: int = 0,
         blocks: Any = "layer",
+        storage: Any = "memory",
     ) -> None:
         super().__init__(
             regularization,
@@ -114,20 +126,35 @@ class DataInf(FisherEstimator):
             verbose=verbose,
         )
         self.blocks = blocks
+        self.storage = storage
 
     def _fit(self, run: Run) -> dict[str, Any]:
         columns = self._divide(run, self.blocks)
-        accumulator = RowAccumulator()
-        for gradients in run.gradients():
-            accumulator.update(gradients.rows())
-        rows = accumulator.result()
-        joint = run.objective.fisher == "exact"
-        operators = {
-            block: DataInfOperator(rows.block(part), run.n, run.device, joint=joint)
-            for block, part in columns.items()
-        }
+        with self._folder(run) as folder:
+            accumulator = RowAccumulator() if folder is None else StoredRowAccumulator(folder)
+            for gradients in run.gradients():
+                accumulator.update(gradients.rows())
+            rows = accumulator.result()
+            joint = run.objective.fisher == "exact"
+            operators = {
+                block: DataInfOperator(rows.block(part), run.n, run.device, joint=joint)
+                for block, part in columns.items()
+            }
         return {
             "fisher_": compose({block: (columns[block], op) for block, op in operators.items()}),
             "_blocks": columns,
             "_traces": [operator.fisher_trace for operator in operators.values()],
+            "_row_folder": folder,
         }
+
+    def _folder(self, run: Run) -> AbstractContextManager[RowFolder | None]:
+        """Return where rows are stored, having moved the run to the CPU; None for memory."""
+        if self.storage == "memory":
+            return nullcontext()
+        if self.device is not None and run.device.type != "cpu":
+            raise IFVPUsageError(
+                f"device is {run.device}, but rows in a folder are mapped into the CPU's memory; "
+                "leave device out, or use storage='memory'."
+            )
+        run.device = torch.device("cpu")
+        return RowFolder(self.storage)

@@ -8,7 +8,7 @@ from fimkit.operators.gram import GramOperator
 from fimkit.operators.kronecker import EigenKroneckerOperator
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.lookup import LookupRows
-from fimkit.operators.row_matrix import Columns, RowMatrix
+from fimkit.operators.row_matrix import Columns, RowMatrix, join_weights
 from fimkit.operators.rows import DenseRows, FactoredRows, Rows, ZeroRows, join_rows
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "Rows",
     "ZeroRows",
     "join_rows",
+    "join_weights",
 ]

@@ -37,6 +37,16 @@ class LookupRows(Rows):
         self.width = vocabulary * self.features
         self.dtype, self.device = signals.dtype, signals.device
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The indices and the signals."""
+        return self.indices, self.signals
+
+    def with_tensors(self, *tensors: Tensor) -> LookupRows:
+        """Return rows of the same form that are stored in other tensors."""
+        indices, signals = tensors
+        return LookupRows(indices, signals, self.vocabulary)
+
     def magnitudes(self) -> LookupRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return LookupRows(self.indices, self.signals.abs(), self.vocabulary)

@@ -47,6 +47,19 @@ class Rows(ABC):
     def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
 
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored: tensors with the examples along their first dimension."""
+
+    @abstractmethod
+    def with_tensors(self, *tensors: Tensor) -> Rows:
+        """Return rows of the same form that are stored in other tensors."""
+
+    def examples(self, part: slice) -> Rows:
+        """Return the rows of some examples, in the same form."""
+        return self.with_tensors(*(tensor[part] for tensor in self.tensors))
+
     @abstractmethod
     def magnitudes(self) -> Rows:
         """Return rows that bound the sizes of what was added up in each entry."""
@@ -62,7 +75,7 @@ class Rows(ABC):
 
     def densify(self) -> DenseRows:
         """Return the same rows stored as they are, in the dtype they are kept in."""
-        parts = self._dense_chunks(self.dtype.itemsize)
+        parts = self._dense_chunks(self.dtype.itemsize) or [slice(0, 0)]
         return DenseRows(torch.cat([self.dense(part, self.dtype) for part in parts]))
 
     def _dense_chunks(self, itemsize: int) -> list[slice]:
@@ -156,6 +169,19 @@ class ZeroRows(Rows):
         m = part.stop - part.start
         return torch.zeros((), dtype=dtype, device=self.device).expand(m, self.c, self.width)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def with_tensors(self, *tensors: Tensor) -> ZeroRows:
+        """Return these rows."""
+        return self
+
+    def examples(self, part: slice) -> ZeroRows:
+        """Return the rows of some examples, in the same form."""
+        return self.zeros(len(range(self.n)[part]), self.c)
+
     def magnitudes(self) -> ZeroRows:
         """Return rows that bound the sizes of what was added up in each entry."""
         return self
@@ -211,6 +237,15 @@ class DenseRows(Rows):
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
         return self.rows[part].to(dtype)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The rows."""
+        return (self.rows,)
+
+    def with_tensors(self, *tensors: Tensor) -> DenseRows:
+        """Return rows of the same form that are stored in another tensor."""
+        return DenseRows(*tensors)
+
     def magnitudes(self) -> DenseRows:
         """Return rows that bound the sizes of what was added up in each entry."""
         return DenseRows(self.rows.abs())
@@ -252,6 +287,16 @@ class FactoredRows(Rows):
         self.width = layout.size
         self.dtype, self.device = signals.dtype, signals.device
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The inputs and the signals."""
+        return self.inputs, self.signals
+
+    def with_tensors(self, *tensors: Tensor) -> FactoredRows:
+        """Return rows of the same form that are stored in other tensors."""
+        inputs, signals = tensors
+        return FactoredRows(inputs, signals, self.layout)
+
     def magnitudes(self) -> FactoredRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return FactoredRows(self.inputs.abs(), self.signals.abs(), self.layout)
@@ -290,7 +335,8 @@ class FactoredRows(Rows):
         s = self.signals[part].to(dtype)
         m = s.shape[0]
         # (m, groups, c * out, T) @ (m, groups, T, columns)
-        s = s.permute(0, 3, 1, 4, 2).reshape(m, self.layout.groups, -1, self.positions)
+        s = s.permute(0, 3, 1, 4, 2)
+        s = s.reshape(m, self.layout.groups, self.c * self.layout.out, self.positions)
         rows = (s @ a.transpose(1, 2)).view(
             m, self.layout.groups, self.c, self.layout.out, self.layout.columns
         )
