@@ -1,5 +1,7 @@
 """`DataInf` against its formula, written out example by example."""
 
+import inspect
+import pickle
 from types import MappingProxyType
 
 import numpy as np
@@ -11,7 +13,15 @@ from sklearn.model_selection import GridSearchCV, KFold
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fimkit import DataInf, Explicit, IFVPUsageError, ModelData, SingularFisherError, losses
+from fimkit import (
+    DataInf,
+    Explicit,
+    IFVPUsageError,
+    ModelData,
+    SingularFisherError,
+    influence,
+    losses,
+)
 from tests import dense, reference, test_fisher_kinds
 from tests.cases import BY_NAME, CASES, Apply, N, T, points, split
 from tests.test_explicit import to_float32, to_float64
@@ -381,6 +391,65 @@ def test_lora(trained, blocks):
     assert only.parameter_names_ == names[1::2]
 
 
+# -- the manners of scikit-learn -------------------------------------------------------------------
+
+SETTINGS = {
+    "regularization": [1e-3, 1e-2],
+    "loss": nn.CrossEntropyLoss(),
+    "fisher": "mc",
+    "n_mc_samples": 3,
+    "parameters": ["0.*", "2.*"],
+    "device": "cpu",
+    "dtype": torch.float64,
+    "random_state": 7,
+    "verbose": 0,
+    "blocks": [4, 4, 2, 2],
+    "storage": "memory",
+}
+
+
+def test_parameters():
+    """Stored as given; only the regularization goes by position."""
+    signature = inspect.signature(DataInf).parameters
+    assert set(signature) == set(SETTINGS)
+    by_position = [p.name for p in signature.values() if p.kind is not p.KEYWORD_ONLY]
+    assert by_position == ["regularization"]
+    estimator = DataInf(**SETTINGS).fit(MLP.model(), MLP.batches(5))
+    assert all(getattr(estimator, name) is SETTINGS[name] for name in SETTINGS)
+    assert estimator.regularization_ == {"2": 1e-3, "4": 1e-2}
+    assert repr(DataInf(1e-3, blocks="parameter")) == (
+        "DataInf(blocks='parameter', regularization=0.001)"
+    )
+
+
+@parametrize_layouts
+def test_pickle(layout):
+    """Without what can be computed again."""
+    fitted = fit(layout)
+    fresh = len(pickle.dumps(fitted))
+    vectors = MLP.gradients
+    expected = fitted.transform(vectors), fitted.inverse_transform(vectors), fitted.score(vectors)
+    data = pickle.dumps(fitted)
+    assert len(data) == fresh
+    found = pickle.loads(data)
+    assert torch.equal(found.transform(vectors), expected[0])
+    assert torch.equal(found.inverse_transform(vectors), expected[1])
+    assert found.score(vectors) == expected[2]
+    assert found.regularization_ == fitted.regularization_
+
+
+def test_influence():
+    """Positive where training on an example lowers the loss of another."""
+    data = ModelData(MLP.model(), MLP.batch(), batch_size=5)
+    fitted = fit()
+    rows, blocks = MLP.gradients, blocks_of("layer")
+    expected = rows @ inverse(rows, blocks, automatic(rows, blocks)) @ rows.T
+    scores = influence.pairwise_scores(fitted, data, data)
+    assert reference.error(scores, expected) <= 1e-9
+    own = influence.self_influence(fitted, data)
+    assert reference.error(own, expected.diagonal()) <= 1e-9
+
+
 # -- what it does not do ---------------------------------------------------------------------------
 
 
@@ -453,6 +522,11 @@ class Untouched(list):
         ({"blocks": [0, 0, 1, 1, 2, 2.0]}, "blocks has 2.0, which is not the number of a block"),
         ({"blocks": [False] * 6}, "blocks has False, which is not the number of a block"),
         ({"blocks": NAMES}, "blocks has '0.weight', which is not the number of a block"),
+        ({"blocks": [[0] * 6]}, r"blocks has \[0, 0.*, which is not the number of a block"),
+        ({"blocks": np.array(0)}, "blocks=0; expected a name, a mapping, or a sequence of one num"),
+        ({"blocks": {0, 1, 2, 3, 4, 5}}, "expected a name, a mapping, or a sequence of one number"),
+        ({"regularization": [1.0, "a", 1.0]}, "block '2' is 'a'; expected a number"),
+        ({"regularization": [[1.0, 1.0]] * 3}, r"block '0' is \[1.0, 1.0\]; expected a number"),
         ({"blocks": {"a": "0.*", "b": "9.*"}}, r"blocks\['b'\]: '9\.\*' matches none"),
         ({"blocks": {"a": "0.*"}}, "belong to no block"),
         ({"parameters": "9.*"}, "parameters: '9.*' matches none"),

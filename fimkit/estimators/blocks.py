@@ -119,7 +119,14 @@ def block_columns(space: ParameterSpace, names: Sequence[str]) -> Columns:
 
 
 def _numbered_blocks(space: ParameterSpace, blocks: Any) -> dict[str, tuple[str, ...]]:
-    numbers = blocks.tolist() if isinstance(blocks, Tensor | np.ndarray) else list(blocks)
+    if isinstance(blocks, Tensor | np.ndarray):
+        blocks = blocks.tolist()
+    if not isinstance(blocks, Sequence):
+        raise IFVPUsageError(
+            f"blocks={blocks!r}; expected a name, a mapping, or a sequence of one number per "
+            "parameter."
+        )
+    numbers = list(blocks)
     for number in numbers:
         if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
             raise IFVPUsageError(

@@ -87,7 +87,10 @@ def block_regularizations(
 
 def checked_regularization(value: Any, what: str, *, positive: bool = False) -> float:
     """Return a number that is finite and not too small, or raise what it is."""
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise IFVPUsageError(f"{what} is {value!r}; expected a number.") from None
     if math.isfinite(number) and (number > 0 or (number == 0 and not positive)):
         return number
     least = "above 0" if positive else "of at least 0"
