@@ -156,6 +156,7 @@ def test_bfloat16_is_half_as_large_and_as_exact_as_that(tmp_path):
     assert 1e-6 < reference.error(stored.transform(vectors), expected) <= 1e-2
 
 
+@pytest.mark.slow
 def test_rows_are_mapped_and_memory_is_bounded(tmp_path):
     """A process that may not have as much memory as the rows take."""
     script = """
