@@ -508,11 +508,12 @@ class Untouched(list):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"regularization": 0}, "regularization is 0.0; expected a finite number above 0"),
-        ({"regularization": -1.0}, "-1.0; expected a finite number above 0"),
-        ({"regularization": float("nan")}, "nan; expected a finite number above 0"),
-        ({"regularization": float("inf")}, "inf; expected a finite number above 0"),
-        ({"regularization": [1, 0, 1]}, "block '2' is 0.0; expected a finite number above 0"),
+        ({"regularization": 0}, r"regularization is \[0.0\]; expected numbers above 0"),
+        ({"regularization": -1.0}, "-1.0; expected a finite number"),
+        ({"regularization": float("nan")}, "nan; expected a finite number"),
+        ({"regularization": float("inf")}, "inf; expected a finite number"),
+        ({"regularization": [1, 0, 1]}, r"is \[1.0, 0.0, 1.0\]; expected numbers above 0"),
+        ({"regularization": [1, -1, 1]}, "is -1.0; expected a finite number"),
         ({"regularization": [1.0, 1.0]}, r"2 values; expected one number, or one per block: 3 \("),
         ({"regularization": [1.0] * 6}, "6 values; expected one number, or one per block: 3"),
         ({"regularization": {"0": 1.0, "9": 1.0}}, r"keys \['0', '9'\]; expected one per block"),
@@ -525,8 +526,6 @@ class Untouched(list):
         ({"blocks": [[0] * 6]}, r"blocks has \[0, 0.*, which is not the number of a block"),
         ({"blocks": np.array(0)}, "blocks=0; expected a name, a mapping, or a sequence of one num"),
         ({"blocks": {0, 1, 2, 3, 4, 5}}, "expected a name, a mapping, or a sequence of one number"),
-        ({"regularization": [1.0, "a", 1.0]}, "block '2' is 'a'; expected a number"),
-        ({"regularization": [[1.0, 1.0]] * 3}, r"block '0' is \[1.0, 1.0\]; expected a number"),
         ({"blocks": {"a": "0.*", "b": "9.*"}}, r"blocks\['b'\]: '9\.\*' matches none"),
         ({"blocks": {"a": "0.*"}}, "belong to no block"),
         ({"parameters": "9.*"}, "parameters: '9.*' matches none"),
@@ -547,7 +546,7 @@ def test_regularization_is_checked_when_it_is_used(value):
     for method in methods:
         with pytest.raises(IFVPUsageError, match="regularization"):
             method(MLP.gradients)
-    with pytest.raises(IFVPUsageError, match=r"regularizations is 0\.0; .* above 0"):
+    with pytest.raises(SingularFisherError, match="larger regularization"):
         fitted.score_path(MLP.gradients, [1.0, 0.0])
     with pytest.raises(ValueError, match="regularization"):
         clone(fitted).fit(MLP.model(), Untouched())

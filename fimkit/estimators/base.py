@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,9 +64,6 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
 
-    # Whether the method has no inverse without regularization, so that zero is refused.
-    _positive = False
-
     def __init__(
         self,
         regularization: Any = "auto",
@@ -118,7 +115,8 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         run = Run(self, model, dataloader)
         with evaluating(run.model):
             fitted = self._fit(run)
-        self._check_regularization(fitted["_blocks"])
+        if not isinstance(self.regularization, str):
+            block_regularizations(self.regularization, list(fitted["_blocks"]))
         fitted.update(
             n_features_in_=run.space.size,
             n_samples_seen_=run.n,
@@ -246,10 +244,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         scores : ndarray of shape (len(regularizations),)
         """
         check_is_fitted(self)
-        dampings = [
-            checked_regularization(value, "regularizations", positive=self._positive)
-            for value in regularizations
-        ]
+        dampings = [checked_regularization(value, "regularizations") for value in regularizations]
         spectrum = self.fisher_.spectrum()
         quadratics = self._reduce(vectors, lambda flat: spectrum.quadratics(flat, dampings))
         logdets = np.asarray(spectrum.logdets(dampings))
@@ -290,23 +285,18 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "fisher_")
 
-    def _divide(self, run: Run, blocks: Any) -> dict[str, Columns]:
-        """Return where each block's parameters lie, having told the run, before any pass."""
-        names = block_names(run.space, blocks)
-        self._check_regularization(names)
-        run.blocks = {name: i for i, members in enumerate(names.values()) for name in members}
-        return {block: block_columns(run.space, members) for block, members in names.items()}
-
-    def _check_regularization(self, blocks: Iterable[str]) -> None:
-        if not isinstance(self.regularization, str):
-            block_regularizations(self.regularization, list(blocks), positive=self._positive)
-
     def _damping(self) -> float | list[float]:
         """Return λ as one number, or as one per block."""
         sizes = {block: columns.size for block, columns in self._blocks.items()}
-        return resolve_regularization(
-            self.regularization, sizes, self._traces, positive=self._positive
-        )
+        return resolve_regularization(self.regularization, sizes, self._traces)
+
+    def _divide(self, run: Run, blocks: Any) -> dict[str, Columns]:
+        """Return where each block's parameters lie, having told the run, before any pass."""
+        names = block_names(run.space, blocks)
+        if not isinstance(self.regularization, str):
+            block_regularizations(self.regularization, list(names))
+        run.blocks = {name: i for i, members in enumerate(names.values()) for name in members}
+        return {block: block_columns(run.space, members) for block, members in names.items()}
 
     # -- vectors -------------------------------------------------------------------------------
 

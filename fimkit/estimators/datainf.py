@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
 import torch
-from sklearn.utils._param_validation import StrOptions
+from sklearn.utils._param_validation import Options, StrOptions
 
 from fimkit.estimators.base import FisherEstimator, compose
+from fimkit.estimators.regularization import block_regularizations
 from fimkit.estimators.run import Run
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import DataInfOperator
@@ -45,8 +46,11 @@ class DataInf(FisherEstimator):
         model's for a block without gradient (LoRA's A while its B is zero). A mapping of block
         name to λ, or a sequence in block order, gives one per block. It is applied when solving:
         setting it on a fitted estimator takes effect at once.
-    loss, fisher, n_mc_samples, parameters, device, dtype, random_state, verbose
+    loss, fisher, n_mc_samples, parameters, device, random_state, verbose
         As for `Explicit`.
+    dtype : {torch.float32, torch.float64, torch.bfloat16}, optional
+        What gradients are kept in; the model's, float32 at least, by default. Arithmetic is
+        float64 in any case. bfloat16 halves what they take, at three digits each.
     blocks : {"layer", "parameter"}, mapping or sequence of int, default="layer"
         One block per module that owns parameters, or per parameter, in the order of the
         parameters; a mapping of block name to parameter names or patterns, in its order; or one
@@ -56,7 +60,7 @@ class DataInf(FisherEstimator):
         they may take more than memory holds. Arithmetic is then on the CPU, and results are the
         same. Each fit has a subfolder of its own, which goes with the fitted estimator; what a
         crash leaves is removed by the next fit in the folder. An estimator so fitted cannot be
-        pickled. ``dtype=torch.bfloat16`` halves the files.
+        pickled.
 
     Attributes
     ----------
@@ -93,11 +97,10 @@ class DataInf(FisherEstimator):
     _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
         **FisherEstimator._parameter_constraints,
         "regularization": [StrOptions({"auto"}), Real, "array-like", Mapping],
+        "dtype": [Options(torch.dtype, {torch.float32, torch.float64, torch.bfloat16}), None],
         "blocks": [StrOptions({"layer", "parameter"}), Mapping, "array-like"],
         "storage": [str, os.PathLike],
     }
-
-    _positive = True
 
     def __init__(
         self,
@@ -130,12 +133,14 @@ class DataInf(FisherEstimator):
 
     def _fit(self, run: Run) -> dict[str, Any]:
         columns = self._divide(run, self.blocks)
+        if not isinstance(self.regularization, str):
+            _refuse_zero(block_regularizations(self.regularization, list(columns)))
         with self._folder(run) as folder:
             accumulator = RowAccumulator() if folder is None else StoredRowAccumulator(folder)
             for gradients in run.gradients():
                 accumulator.update(gradients.rows())
             rows = accumulator.result()
-            joint = run.objective.fisher == "exact"
+            joint = self.fisher == "exact"
             operators = {
                 block: DataInfOperator(rows.block(part), run.n, run.device, joint=joint)
                 for block, part in columns.items()
@@ -146,6 +151,12 @@ class DataInf(FisherEstimator):
             "_traces": [operator.fisher_trace for operator in operators.values()],
             "_row_folder": folder,
         }
+
+    def _damping(self) -> float | list[float]:
+        """Return λ as one number, or as one per block; none is zero."""
+        damping = super()._damping()
+        _refuse_zero(damping if isinstance(damping, list) else [damping])
+        return damping
 
     def _folder(self, run: Run) -> AbstractContextManager[RowFolder | None]:
         """Return where rows are stored, having moved the run to the CPU; None for memory."""
@@ -158,3 +169,11 @@ class DataInf(FisherEstimator):
             )
         run.device = torch.device("cpu")
         return RowFolder(self.storage)
+
+
+def _refuse_zero(regularizations: Sequence[float]) -> None:
+    if 0 in regularizations:
+        raise IFVPUsageError(
+            f"regularization is {list(regularizations)}; expected numbers above 0, without which "
+            "λI + F_i of an example has no inverse."
+        )

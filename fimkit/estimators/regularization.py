@@ -20,7 +20,7 @@ _AUTO = 0.1
 
 
 def resolve_regularization(
-    value: Any, blocks: Mapping[str, int], traces: Sequence[float], *, positive: bool = False
+    value: Any, blocks: Mapping[str, int], traces: Sequence[float]
 ) -> float | list[float]:
     """Return λ as one number, or as one per block.
 
@@ -32,36 +32,31 @@ def resolve_regularization(
         Number of parameters of each block.
     traces : sequence of float
         Trace of the Fisher over each block.
-    positive : bool, default=False
-        Whether zero is refused.
 
     Raises
     ------
     IFVPUsageError
-        If the value is of another kind, too small, or not one per block.
+        If the value is of another kind, negative, or not one per block.
     SingularFisherError
         If it is ``"auto"`` and all traces are zero.
     """
     if isinstance(value, str) and value == "auto":
         values = _automatic(list(blocks.values()), traces)
     else:
-        values = block_regularizations(value, list(blocks), positive=positive)
+        values = block_regularizations(value, list(blocks))
     return values[0] if len(values) == 1 else values
 
 
-def block_regularizations(
-    value: Any, blocks: Sequence[str], *, positive: bool = False
-) -> list[float]:
+def block_regularizations(value: Any, blocks: Sequence[str]) -> list[float]:
     """Return the numbers that a user gave: one, or one per block.
 
     Raises
     ------
     IFVPUsageError
-        If they are negative, or zero where they must be ``positive``, not numbers, or not one per
-        block.
+        If they are negative, not numbers, or not one per block.
     """
     if isinstance(value, Real) and not isinstance(value, bool):
-        return [checked_regularization(value, "regularization", positive=positive)]
+        return [checked_regularization(value, "regularization")]
     if isinstance(value, Mapping):
         if set(value) != set(blocks):
             raise IFVPUsageError(
@@ -80,21 +75,17 @@ def block_regularizations(
             f"regularization={value!r}; expected 'auto', a number, or one number per block."
         )
     return [
-        checked_regularization(number, f"regularization of block {block!r}", positive=positive)
+        checked_regularization(number, f"regularization of block {block!r}")
         for block, number in zip(blocks, numbers, strict=True)
     ]
 
 
-def checked_regularization(value: Any, what: str, *, positive: bool = False) -> float:
-    """Return a number that is finite and not too small, or raise what it is."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise IFVPUsageError(f"{what} is {value!r}; expected a number.") from None
-    if math.isfinite(number) and (number > 0 or (number == 0 and not positive)):
-        return number
-    least = "above 0" if positive else "of at least 0"
-    raise IFVPUsageError(f"{what} is {number}; expected a finite number {least}.")
+def checked_regularization(value: Any, what: str) -> float:
+    """Return a number that is finite and not negative, or raise what it is."""
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
+    return number
 
 
 def _automatic(sizes: Sequence[int], traces: Sequence[float]) -> list[float]:
