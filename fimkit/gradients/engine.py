@@ -18,16 +18,11 @@ from torch import Tensor, nn
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
-from fimkit.gradients.groups import (
-    BatchGradients,
-    Group,
-    GroupGradients,
-    Located,
-    pair_parameters,
-)
+from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
+from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
 from fimkit.gradients.tree import tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars
