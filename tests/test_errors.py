@@ -96,7 +96,7 @@ FAILURES = {
     "a batch without examples": (
         {},
         lambda: (model(), [batch(), (torch.ones(0, 5).double(), torch.ones(0).long())]),
-        "batch 1 has no examples",
+        "batch 1: it has no examples",
     ),
     "a dataset": (
         {},
@@ -154,17 +154,17 @@ FAILURES = {
         "parameters is empty; give at least one name",
     ),
     # numbers
-    "NaN inputs": ({}, lambda: (model(), spoiled(torch.nan)), "batch 2 gives NaN or infinite"),
-    "infinite inputs": ({}, lambda: (model(), spoiled(torch.inf, 0)), "batch 0 gives NaN or inf"),
+    "NaN inputs": ({}, lambda: (model(), spoiled(torch.nan)), "batch 2: NaN or infinite"),
+    "infinite inputs": ({}, lambda: (model(), spoiled(torch.inf, 0)), "batch 0: NaN or inf"),
     "an infinite loss": (
         {"loss": infinite_loss},
         lambda: (model(), [batch()]),
-        "batch 0 gives NaN or infinite losses or gradients",
+        "batch 0: NaN or infinite losses or gradients",
     ),
     "NaN weights": (
         {},
         lambda: (of_outputs(lambda out: out * torch.nan), [batch()]),
-        "batch 0 gives NaN or infinite losses or gradients",
+        "batch 0: NaN or infinite losses or gradients",
     ),
     # losses
     "an unknown loss": (

@@ -124,8 +124,6 @@ class Run:
                 gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
             except IFVPUsageError as error:
                 raise type(error)(f"batch {i}: {error}") from error
-            if not gradients.n:
-                raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
             before += gradients.n
             if i == len(self.sizes):
                 self.sizes.append(gradients.n)
@@ -147,7 +145,7 @@ def _refuse_infinite(finite: Mapping[int, Tensor]) -> None:
     bad = [i for i, value in zip(finite, flags, strict=True) if not value]
     if bad:
         raise IFVPUsageError(
-            f"batch {bad[0]} gives NaN or infinite losses or gradients"
+            f"batch {bad[0]}: NaN or infinite losses or gradients"
             + (f" (and {len(bad) - 1} more batches)" if len(bad) > 1 else "")
             + "; look for NaN inputs, log(0) in the loss, or a diverged model."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,30 @@ from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
 from fimkit.operators import RowMatrix
 
-__all__ = ["RandomSum", "graph_shape", "same_scalars"]
+__all__ = ["Finding", "RandomSum", "graph_shape", "same_scalars"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where the examples of a call are.
+
+    Attributes
+    ----------
+    layout : BatchLayout or None
+        The one that fits best; None if none does.
+    proven : bool
+        Whether it is the only one that fits, by gradients that are not all zero.
+    silent : bool
+        Whether there was no gradient to prove it by.
+    """
+
+    layout: BatchLayout | None
+    proven: bool
+    silent: bool = False
 
 
 class RandomSum:
@@ -58,33 +78,27 @@ class RandomSum:
         self._total = self._total.detach()
         self._signals = gradients[: len(uses)]
         self._parameters = {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
+            name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(
                 parameters.items(), gradients[len(uses) :], strict=True
             )
         }
 
-    def layout(self, i: int, use: Use, signals: Tensor | None) -> tuple[BatchLayout | None, bool]:
-        """Return the layout under which each position answers to one example's scalars only.
+    def find(self, i: int, use: Use, signals: Tensor | None) -> Finding:
+        """Find the layout under which each position answers to one example's scalars only.
 
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
-
-        Returns
-        -------
-        layout : BatchLayout or None
-            The one that fits best; None if none does.
-        proven : bool
-            Whether it is the only one that fits, by gradients that are not all zero.
         """
         n = self.coefficients.shape[0]
         candidates = candidate_layouts(use.lead, n)
         observed = self._signals[i]
-        if signals is None or observed is None:
-            return (candidates[0] if candidates else BatchLayout(None)), False
+        size = 0.0 if signals is None or observed is None else _norm(observed)
+        if signals is None or observed is None or not size:
+            layout = candidates[0] if candidates else BatchLayout(None)
+            return Finding(layout, proven=False, silent=signals is None or not signals.any())
         tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
         weights = self.coefficients.to(signals)
-        size = _norm(observed)
         fitting: list[tuple[float, BatchLayout]] = []
         for layout in candidates:
             expected = sum(
@@ -95,16 +109,16 @@ class RandomSum:
             if _norm(error) <= tolerance * size:
                 fitting.append((_norm(error), layout))
         if not fitting:
-            return None, True
-        return min(fitting, key=lambda item: item[0])[1], len(fitting) == 1 and size > 0
+            return Finding(None, proven=True)
+        return Finding(min(fitting, key=lambda item: item[0])[1], proven=len(fitting) == 1)
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
         checked = [self._total, *self._parameters.values()]
         if not all(bool(tensor.sum().isfinite()) for tensor in checked):
             raise IFVPUsageError(
-                "it gives NaN or infinite losses or gradients; look for NaN inputs, log(0) in the "
-                "loss, or a diverged model."
+                "NaN or infinite losses or gradients; look for NaN inputs, log(0) in the loss, or "
+                "a diverged model."
             )
 
     def disagreeing(self, rows: RowMatrix, places: Mapping[str, slice]) -> list[str]:
@@ -199,6 +213,8 @@ def same_scalars(one: Tensor, other: Tensor) -> bool:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return _COARSE_TOLERANCE
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 
 

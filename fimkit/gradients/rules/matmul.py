@@ -70,8 +70,8 @@ class AddmmUse(_TransposedUse):
         **_: Any,
     ) -> AddmmUse | None:
         """Return the use that a call with these arguments is, or None if it uses no parameter."""
-        weight = index.slot(mat2)
-        bias = index.slot(input) if input.ndim == 1 else None
-        if weight is None or not weight.whole or (beta, alpha) != (1, 1):
+        slots = index.slot(mat2), index.slot(input) if input.ndim == 1 else None
+        partial = slots[0] is not None and not slots[0].whole
+        if slots == (None, None) or partial or (beta, alpha) != (1, 1):
             return None
-        return cls(mat1, mat2, (weight, bias))
+        return cls(mat1, mat2, slots)
