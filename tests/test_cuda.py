@@ -121,5 +121,5 @@ def test_numbers_that_are_not_finite(device):
     case = BY_NAME["mlp"]
     x, y = case.batch()
     x[7, 0] = torch.nan
-    with pytest.raises(ValueError, match="batch 1 gives NaN"):
+    with pytest.raises(ValueError, match="batch 1: NaN"):
         Explicit().fit(case.model().to(device), [(x[:6], y[:6]), (x[6:], y[6:])])

@@ -18,7 +18,6 @@ from torch.utils.data import (
 from fimkit import IFVPUsageError, ModelData
 from fimkit.estimators.ekfac import EKFAC, KFAC
 from fimkit.operators import memory
-from fimkit.statistics import kronecker as statistics
 from tests import kronecker_reference as kronecker
 from tests import reference
 from tests.cases import BY_NAME, Apply, N, split
@@ -90,7 +89,7 @@ def test_chunks_do_not_matter(name, fisher, method, chunk, monkeypatch):
     case = SITUATIONS[name]
     expected = method(fisher=fisher).fit(case.model(), case.batches(7))
     monkeypatch.setattr(memory, "BUDGET", chunk)
-    monkeypatch.setattr(statistics, "_SQUARES_BUDGET", chunk)
+    monkeypatch.setattr(memory, "WORKING_SET", chunk)
     assert same(method(fisher=fisher).fit(case.model(), case.batches(7)), expected, 1e-9)
 
 

@@ -144,8 +144,8 @@ def test_one_wrong_layer_leaves_the_others(monkeypatch):
     case = BY_NAME["mlp"]
     inputs = LinearUse.inputs
 
-    def wrong_for_one(self, examples):
-        return inputs(self, examples) * (1.5 if "2.weight" in self.names else 1)
+    def wrong_for_one(self, *arguments):
+        return inputs(self, *arguments) * (1.5 if "2.weight" in self.names else 1)
 
     monkeypatch.setattr(LinearUse, "inputs", wrong_for_one)
     fitted = Explicit().fit(case.model(), case.batches(5))

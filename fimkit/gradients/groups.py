@@ -22,7 +22,7 @@ from fimkit.operators import (
     ZeroRows,
     join_rows,
 )
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import chunks, working_set
 
 __all__ = ["BatchGradients", "GroupGradients", "Located"]
 
@@ -125,10 +125,11 @@ class GroupGradients:
         return join_rows([self.factors(part).compact() for part in self.parts()])
 
     def parts(self, calls: Sequence[Located] | None = None) -> Iterator[slice]:
-        """Cut the examples into parts whose factors fit the memory budget."""
+        """Cut the examples into parts whose factors are a working set."""
         sample = self.factors(slice(0, 1), calls)
         per_example = sample.inputs.numel() + sample.signals.numel()
-        return chunks(self.n, per_example * self._like.element_size())
+        budget = working_set(self._like.device)
+        return chunks(self.n, per_example * self._like.element_size(), budget=budget)
 
     def factors(self, part: slice, calls: Sequence[Located] | None = None) -> FactoredRows:
         """Return the inputs and signals of some examples, the positions of all calls joined.
@@ -146,11 +147,11 @@ class GroupGradients:
             assert isinstance(call.use, MatrixUse)
             assert call.use.weight is not None
             examples = Examples(call.layout, self.n, part)
-            a = call.use.inputs(examples).to(self._like)
+            constant = None
             if self.group.bias is not None:
                 meets_bias = call.use.bias is not None and call.use.bias.name == self.group.bias
-                a = _with_column(a, float(meets_bias))
-            inputs.append(a)
+                constant = float(meets_bias)
+            inputs.append(call.use.inputs(examples, constant).to(self._like))
             s = call.use.signals(call.signals, examples).to(self._like)
             signals.append(s if call.use.weight.whole else call.use.weight.pad(s, -1))
         if len(inputs) == 1:
@@ -237,15 +238,6 @@ class BatchGradients:
         # One NaN or infinity makes its sum NaN or infinite, in one pass without temporaries.
         sums = [tensor.sum().to(self.scalars.device) for tensor in (self.scalars, *checked)]
         return torch.stack([total.isfinite() for total in sums]).all()
-
-
-def _with_column(a: Tensor, value: float) -> Tensor:
-    """Append a constant to the last dimension of ``(m, T, groups, in)``, in its memory's order."""
-    if a.shape[1] > 1 and a.stride(1) == 1 and a.stride(3) != 1:  # positions fastest
-        return torch.nn.functional.pad(a.permute(0, 2, 3, 1), (0, 0, 0, 1), value=value).permute(
-            0, 3, 1, 2
-        )
-    return torch.nn.functional.pad(a, (0, 1), value=value)
 
 
 def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:

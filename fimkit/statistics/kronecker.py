@@ -29,7 +29,7 @@ from torch import Tensor
 from fimkit.gradients import GroupGradients
 from fimkit.operators import EigenKroneckerOperator, FactoredRows, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import chunks, working_set
 from fimkit.statistics.sides import Side, rotate
 
 __all__ = [
@@ -44,9 +44,6 @@ WeightSharing = Literal["expand", "reduce"]
 
 # A side of more entries than this keeps the identity basis: vocabularies, never hidden widths.
 _LARGEST_SIDE = 16384
-
-# Bytes of per-example gradients at a time: enough for a matrix product, few enough for a cache.
-_SQUARES_BUDGET = 8 * 2**20
 
 
 class LayerStatistics(ABC):
@@ -200,7 +197,7 @@ class LinearStatistics(LayerStatistics):
         """Add squares of ``Σ_t s_t a_tᵀ``, to be rotated where its factors are not yet."""
         each = self.layout.size * a.element_size()
         for j in range(s.shape[2]):
-            for part in chunks(a.shape[1], each, budget=_SQUARES_BUDGET):
+            for part in chunks(a.shape[1], each, budget=working_set(a.device)):
                 gradients = s[:, part, j].mT @ a[:, part]  # (groups, m, out, columns)
                 if not rotated:
                     if self._output_basis is not None:
