@@ -129,8 +129,9 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
-        signals = self._signals(run)
         found = self._found.get(run.key)
+        checked = found is not None and not any(finding.silent for finding in found)
+        signals = self._signals(run, keep_graph=not checked)
         if found is None or not _holds(found, run, signals):
             found = self._verify(run, signals)
         shared = {tensor.untyped_storage().data_ptr() for tensor in tensors(batch)}
@@ -160,14 +161,20 @@ class GradientEngine:
             batch, labels, columns, scalars, weights, mask, capture.uses, graph, capture.rearranged
         )
 
-    def _signals(self, run: _Pass) -> list[Tensor | None]:
-        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
+    def _signals(self, run: _Pass, *, keep_graph: bool) -> list[Tensor | None]:
+        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero.
+
+        The graph goes with the last of them, layer by layer, unless it is to be kept.
+        """
         edges = [use.edge for use in run.uses]
         if not edges:
             return []
+        last = len(run.columns) - 1
         per_scalar = [
-            torch.autograd.grad(column.sum(), edges, retain_graph=True, allow_unused=True)
-            for column in run.columns
+            torch.autograd.grad(
+                column.sum(), edges, retain_graph=keep_graph or i < last, allow_unused=True
+            )
+            for i, column in enumerate(run.columns)
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
@@ -188,7 +195,7 @@ class GradientEngine:
         located = _locate(run, signals, found)
         while True:  # what falls back may pair the rest in another way
             groups = self._groups or self._pair(run.uses)
-            captured = self._collect(run, located, {}, groups).rows()
+            captured = self._collect(run, located, {}, groups)
             wrong = check.disagreeing(captured, self._places(fallback=False))
             if not wrong:
                 break
@@ -225,7 +232,7 @@ class GradientEngine:
         for cut in self._fallback.cuts(run.batch, run.labels, run.shape[0]):
             self._fallback.use(cut)
             try:
-                rows = self._collect(run, [], self._fallback_rows(run)).rows()
+                rows = self._collect(run, [], self._fallback_rows(run))
             except Exception as error:  # of a wrong cut, or truly a fault
                 problem = problem or error
                 continue

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
-from fimkit.operators import RowMatrix
 
 __all__ = ["Finding", "RandomSum", "graph_shape", "same_scalars"]
 
@@ -76,7 +76,7 @@ class RandomSum:
             allow_unused=True,
         )
         self._total = self._total.detach()
-        self._signals = gradients[: len(uses)]
+        self._signals: list[Tensor | None] = list(gradients[: len(uses)])
         self._parameters = {
             name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(
@@ -87,12 +87,14 @@ class RandomSum:
     def find(self, i: int, use: Use, signals: Tensor | None) -> Finding:
         """Find the layout under which each position answers to one example's scalars only.
 
+        Asked once of each call: what it takes is forgotten.
+
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
         """
         n = self.coefficients.shape[0]
         candidates = candidate_layouts(use.lead, n)
-        observed = self._signals[i]
+        observed, self._signals[i] = self._signals[i], None
         size = 0.0 if signals is None or observed is None else _norm(observed)
         if signals is None or observed is None or not size:
             layout = candidates[0] if candidates else BatchLayout(None)
@@ -121,23 +123,27 @@ class RandomSum:
                 "a diverged model."
             )
 
-    def disagreeing(self, rows: RowMatrix, places: Mapping[str, slice]) -> list[str]:
+    def disagreeing(self, gradients: BatchGradients, places: Mapping[str, slice]) -> list[str]:
         """Return the parameters whose rows do not add up to autograd's gradient.
 
         Parameters
         ----------
-        rows : RowMatrix
-            Rows of the groups to check.
+        gradients : BatchGradients
+            Gradients of the groups to check.
         places : mapping of str to slice
             Where each parameter to check lies in the flat vector.
         """
-        if not rows.groups:
+        if not gradients.groups:
             return []
+        found = [self._combined(group) for group in gradients.groups]
+        sums, magnitudes = found[0][0].new_zeros(2, gradients.size)
+        for group, (total, bound) in zip(gradients.groups, found, strict=True):
+            group.columns.put(sums[None], total)
+            group.columns.put(magnitudes[None], bound)
         dtypes = {gradient.dtype for gradient in self._parameters.values()} | self._precision
-        tolerance = max(_tolerance(dtype) for dtype in (*dtypes, *_dtypes(rows)))
+        tolerance = max(_tolerance(dtype) for dtype in (*dtypes, sums.dtype))
         floor = min(tolerance, 100 * max(torch.finfo(dtype).eps for dtype in dtypes))
         everything = sum(_norm(gradient) ** 2 for gradient in self._parameters.values()) ** 0.5
-        sums, magnitudes = self._combined(rows)
         wrong = []
         for name, place in places.items():
             true = self._parameters[name].flatten().to(sums)
@@ -147,16 +153,11 @@ class RandomSum:
                 wrong.append(name)
         return wrong
 
-    def _combined(self, rows: RowMatrix) -> tuple[Tensor, Tensor]:
-        """Return the random sum of the rows, and a bound on the sizes of what was added up."""
-        like = next(iter(rows.groups))[1]
-        weights = self.coefficients.to(like.device, like.dtype)[None]
-        sums = weights.new_zeros(rows.size)
-        magnitudes = weights.new_zeros(rows.size)
-        for columns, group in rows.groups:
-            columns.put(sums[None], group.combine(weights))
-            columns.put(magnitudes[None], group.magnitudes().combine(weights.abs()))
-        return sums, magnitudes
+    def _combined(self, group: GroupGradients) -> tuple[Tensor, Tensor]:
+        """Return the random sum of a group's rows, and a bound on the sizes of what it adds up."""
+        rows = group.rows()
+        weights = self.coefficients.to(rows.device, rows.dtype)[None]
+        return rows.combine(weights), rows.magnitudes().combine(weights.abs())
 
 
 def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, int]]:
@@ -216,10 +217,6 @@ def _tolerance(dtype: torch.dtype) -> float:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return _COARSE_TOLERANCE
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
-
-
-def _dtypes(rows: RowMatrix) -> set[torch.dtype]:
-    return {group.dtype for _, group in rows.groups}
 
 
 def _norm(tensor: Tensor) -> float:

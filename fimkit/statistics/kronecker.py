@@ -321,7 +321,7 @@ def layer_statistics(
 def set_eigenbases(
     layers: Mapping[str, LayerStatistics], n: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Give every layer the eigenvectors of its sides.
+    """Give every layer the eigenvectors of its sides, which end with that.
 
     Parameters
     ----------
@@ -341,7 +341,7 @@ def set_eigenbases(
         If a side is not finite, by the layer's name.
     """
     full = {
-        (name, role): side.mean(n)
+        (name, role): side.finish(n)
         for name, layer in layers.items()
         for role, side in (("output", layer.output), ("input", layer.input))
         if not side.diagonal
@@ -351,7 +351,9 @@ def set_eigenbases(
     for name, layer in layers.items():
         sides = []
         for role, side in (("output", layer.output), ("input", layer.input)):
-            sides.append((side.mean(n), None) if side.diagonal else solved[f"{name} ({role} side)"])
+            sides.append(
+                (side.finish(n), None) if side.diagonal else solved[f"{name} ({role} side)"]
+            )
         (output_values, output_basis), (input_values, input_basis) = sides
         layer.set_bases(output_basis, input_basis)
         eigenvalues[name] = (output_values, input_values)
