@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, Callable, List, Tuple  # noqa: UP035
@@ -27,12 +26,10 @@ from fimkit.functional.program import check_callable
 from fimkit.functional.recording import Batches, RecordedBatch, Recorder
 from fimkit.gradients import AmbientAutocast
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
+from fimkit.replay import RandomStates, same_losses
 from fimkit.statistics.kronecker import LinearStatistics, set_eigenbases
 
 __all__ = ["ifvp_at_x_ekfac"]
-
-# Relative difference at which two computations of a batch's losses count as different.
-_TOLERANCE = 1e-3
 
 
 def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
@@ -56,8 +53,9 @@ def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
         padding belongs out of the losses too.
 
         Negative log-likelihoods at the labels of the data give the empirical Fisher information
-        matrix, at labels drawn from the predictions the true one. All random numbers are drawn
-        alike in both calls of ``func`` on a batch, and torch's random state is left as it was.
+        matrix, at labels drawn from the predictions the true one. Random numbers of torch, of
+        Python's `random` and of ``numpy.random`` are drawn alike in both calls of ``func`` on a
+        batch, and these random states are left as they were.
     *x
         All arguments of ``func``: tensors, containers of tensors, and constants.
     in_dims : tuple of (int or None), optional
@@ -151,7 +149,8 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
     statistics: list[list[LinearStatistics]] = []
     losses: list[Tensor] = []
     selected = False
-    with _replayable():
+    n = sum(batches.sizes)
+    with RandomStates() as states:
         for batch in recorder.batches(batches):
             if not losses:
                 statistics = [[_statistics(calls[0]) for calls in c] for c in batch.layers]
@@ -160,30 +159,31 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                     layer.add_positions(rows, None, batch.mask)
             losses.append(batch.losses)
             selected = selected or batch.mask is None or bool(batch.mask.any())
-    if not selected:
-        raise IFVPUsageError(
-            "the mask that func returned is 0 everywhere; it must be 1 at the positions that count."
-        )
-    set_eigenbases(
-        {
-            f"layer {j} of cache {i}": layer
-            for i, layers in enumerate(statistics)
-            for j, layer in enumerate(layers)
-        },
-        sum(batches.sizes),
-    )
-    with _replayable():
+        if not selected:
+            raise IFVPUsageError(
+                "the mask that func returned is 0 everywhere; it must be 1 at the positions that "
+                "count."
+            )
+        set_eigenbases(_named(statistics), n)
+        states.restore()
         for index, batch in enumerate(recorder.batches(batches)):
-            _check_same(batch.losses, losses[index], index)
+            if not same_losses(batch.losses, losses[index]):
+                raise IFVPUsageError(
+                    f"func returned other losses for batch {index} when it was called on it "
+                    "again; it must depend on its arguments alone, and draw random numbers from "
+                    "torch's, Python's or NumPy's global state alone."
+                )
             for layer, calls in _each(statistics, batch):
                 layer.add_squares(_joined(calls), None)
-    return [[layer.eigen_corrected(sum(batches.sizes)) for layer in c] for c in statistics]
+    return [[layer.eigen_corrected(n) for layer in layers] for layers in statistics]
 
 
-def _replayable() -> AbstractContextManager[None]:
-    """Return a context in which random numbers are drawn alike whenever it is entered again."""
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if started else ())
+def _named(statistics: list[list[LinearStatistics]]) -> dict[str, LinearStatistics]:
+    return {
+        f"layer {j} of cache {i}": layer
+        for i, layers in enumerate(statistics)
+        for j, layer in enumerate(layers)
+    }
 
 
 def _each(
@@ -204,15 +204,6 @@ def _joined(calls: list[FactoredRows]) -> FactoredRows:
     inputs = torch.cat([rows.inputs for rows in calls], 1)
     signals = torch.cat([rows.signals for rows in calls], 2)
     return FactoredRows(inputs, signals, calls[0].layout)
-
-
-def _check_same(losses: Tensor, first: Tensor, index: int) -> None:
-    atol = _TOLERANCE * float(first.abs().mean())
-    if not torch.allclose(losses, first, rtol=_TOLERANCE, atol=atol):
-        raise IFVPUsageError(
-            f"func returned other losses for batch {index} when it was called on it again; it "
-            "must depend on its arguments and torch's random state alone."
-        )
 
 
 def _solve(
