@@ -46,6 +46,18 @@ class RandomStates:
         for generator, state in self._generators:
             generator.set_state(state)
 
+    def passed(self) -> bool:
+        """Whether random numbers have been drawn since."""
+        now = RandomStates(generator for generator, _ in self._generators)
+        return not (
+            torch.equal(self._torch, now._torch)
+            and self._python == now._python
+            and all(map(np.array_equal, self._numpy, now._numpy))
+            and len(self._cuda) == len(now._cuda)
+            and all(map(torch.equal, self._cuda, now._cuda))
+            and all(torch.equal(s, g.get_state()) for g, s in self._generators)
+        )
+
     def __enter__(self) -> RandomStates:
         return self
 

@@ -443,8 +443,8 @@ def test_one_backward_pass_per_batch_and_nothing_left_behind():
         batch_size=3,
         mlp_cache=net.caches,
     )
-    assert calls == [3, 3, 1] * 2
-    assert Counted.backwards == 6
+    assert calls == [3, 1, 3, 1, 3, 3, 1]  # the second one is that of a check
+    assert Counted.backwards == 6 + 1  # that of the check
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(cache.input_hidden_pairs == [] for cache in net.caches)
@@ -525,7 +525,7 @@ def test_another_second_pass_is_refused():
 
     def func(x, y):
         calls.append(x)
-        return inner(x, y) * (1 + (len(calls) == 6))
+        return inner(x, y) * (1 + (len(calls) == 7))
 
     with pytest.raises(IFVPUsageError, match="other losses for batch 1"):
         ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache)
@@ -572,6 +572,7 @@ def test_checkpointed_forwards_count_once():
 
     ifvp = ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache, damping=DAMPING)
     assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+    assert cache.input_hidden_pairs == []  # although it ran again in the backward passes
 
 
 def test_no_damping():
@@ -659,6 +660,157 @@ def test_outputs_that_cannot_be_used(returned, message):
     with pytest.raises(IFVPUsageError, match=message):
         ifvp_at_x_ekfac(func, *single_data(6), batch_size=6, mlp_cache=cache)
     assert cache.input_hidden_pairs == []
+
+
+# Losses that depend on other examples, and where examples are not.
+
+
+def batch_normalised(hidden):
+    return nn.functional.batch_norm(hidden, None, None, training=True)
+
+
+def centred_in_pairs(hidden):
+    """Examples depend on their neighbours only."""
+    pairs = hidden[: len(hidden) // 2 * 2].unflatten(0, (-1, 2))
+    return torch.cat([(pairs - 0.1 * pairs.flip(1)).flatten(0, 1), hidden[len(pairs) * 2 :]])
+
+
+DEPENDENT = {
+    "batch statistics": lambda h, y: cross_entropy(batch_normalised(h), y, reduction="none"),
+    "a mean over the batch": lambda h, y: cross_entropy(h, y).expand(len(y)),
+    "less the mean": lambda h, y: (
+        (losses := cross_entropy(h, y, reduction="none")) - 0.5 * losses.mean()
+    ),
+    "contrast": lambda h, y: cross_entropy(h @ h.T, torch.arange(len(y)), reduction="none"),
+    "neighbours": lambda h, y: cross_entropy(centred_in_pairs(h), y, reduction="none"),
+    "softmax over the batch": lambda h, y: -h.log_softmax(0)[:, 0],
+    "in another order": lambda h, y: cross_entropy(h, y, reduction="none").flip(0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [2, 3, 20])
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_losses_that_depend_on_other_examples_are_refused(name, batch_size, dtype):
+    layer, cache = single(dtype)
+    message = r"hidden vectors of layer 0 of cache 0.*do not follow the losses.*batch_size=1"
+    with pytest.raises(IFVPUsageError, match=message):
+        ifvp_at_x_ekfac(
+            lambda x, y: DEPENDENT[name](layer(x), y),
+            *single_data(dtype=dtype),
+            batch_size=batch_size,
+            mlp_cache=cache,
+        )
+    assert cache.input_hidden_pairs == []
+
+
+@pytest.mark.parametrize("name", ["a mean over the batch", "in another order"])
+def test_lone_examples_depend_on_none(name):
+    layer, cache = single()
+    ifvp = ifvp_at_x_ekfac(
+        lambda x, y: DEPENDENT[name](layer(x), y),
+        *single_data(),
+        mlp_cache=cache,
+        damping=DAMPING,
+    )
+    v = randn(CLASSES, 4)
+    assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+
+
+@pytest.mark.parametrize("divisor", ["examples", "tokens"])
+def test_losses_divided_by_something_of_the_batch_are_refused(divisor):
+    """Which gradients alone do not show."""
+    net = Net()
+    inner = func_of(net)
+
+    def func(values, x, y, mask):
+        losses, mask = inner(values, x, y, mask)
+        return losses / (len(x) if divisor == "examples" else mask.sum()), mask
+
+    def fit(batch_size):
+        return ifvp_at_x_ekfac(
+            func,
+            dict(net.named_parameters()),
+            *data(),
+            in_dims=(None, 0, 0, 0),
+            batch_size=batch_size,
+            mlp_cache=net.caches,
+            damping=DAMPING,
+        )
+
+    with pytest.raises(IFVPUsageError, match=r"has loss .* by itself, .* in a batch of 3"):
+        fit(3)
+    assert all(cache.input_hidden_pairs == [] for cache in net.caches)
+    fit(1)
+
+
+def test_losses_that_cannot_be_computed_alone():
+    """Are not asked for: a func may be written for one size of batch."""
+    layer, cache = single()
+    inner = single_func(layer)
+
+    def func(x, y):
+        return inner(x.view(5, 4), y)
+
+    ifvp = ifvp_at_x_ekfac(func, *single_data(), batch_size=5, mlp_cache=cache, damping=DAMPING)
+    v = randn(CLASSES, 4)
+    assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+@pytest.mark.parametrize("n", [2, 4])
+def test_time_first_is_refused(n, last_only):
+    """Also where there are as many positions as examples, so that no shape tells."""
+
+    def forward(self, x):
+        x = x.movedim(0, 1)
+        hidden = linear(x, self.weight)
+        record(self, x, hidden)
+        return (hidden[-1:] if last_only else hidden).movedim(0, 1)
+
+    layer, cache = single(forward=forward)
+    with pytest.raises(IFVPUsageError, match=r"time first.*with the examples first"):
+        ifvp_at_x_ekfac(
+            lambda x, y: cross_entropy(layer(x).sum(1), y, reduction="none"),
+            randn(n, n, 4),
+            torch.arange(n) % CLASSES,
+            batch_size=n,
+            mlp_cache=cache,
+        )
+
+
+def test_dependence_in_a_later_batch_of_another_length_is_refused():
+    """What is recorded there has not been checked yet."""
+    layer, cache = single()
+
+    def func(x, y, lengths):
+        scores = layer(x[:, : lengths.max()])
+        if scores.shape[1] < T:
+            scores = scores - scores.mean(0)
+        return cross_entropy(scores.sum(1), y, reduction="none")
+
+    x, y, lengths = randn(8, T, 4), torch.arange(8) % CLASSES, torch.tensor([T] * 6 + [2] * 2)
+    with pytest.raises(IFVPUsageError, match=r"shape \(2, 2, 3\), do not follow the losses"):
+        ifvp_at_x_ekfac(func, x, y, lengths, batch_size=2, mlp_cache=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_errors_are_no_dependence(dtype):
+    """Of a deep model whose first layers have gradients that are only rounding errors."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(12)))
+    deep = deep.to(dtype)
+    layer, cache = single(dtype)
+    shift = nn.Linear(4, 1, bias=False, dtype=dtype)
+    other = register(shift, plain_forward)
+    x, y = single_data(dtype=dtype)
+
+    def func(x, y):
+        scores = deep(pad(layer(x), (0, 16 - CLASSES)))
+        return cross_entropy(scores + shift(x), y, reduction="none")  # softmax ignores a shift
+
+    ifvp = ifvp_at_x_ekfac(func, x, y, batch_size=8, mlp_cache=[cache, other], damping=0.1)
+    assert ifvp([[randn(CLASSES, 4)], [randn(1, 4)]])[0][0].isfinite().all()
 
 
 def test_a_mask_of_zeros_is_refused():
@@ -755,7 +907,7 @@ def test_layers_that_change_between_batches_are_refused():
     def forward(self, x):
         hidden = linear(x, self.weight)
         record(self, x, hidden)
-        if len(x) < 6:
+        if 1 < len(x) < 6:
             more = extra(x)
             record(self, x, more)
             hidden = hidden + more

@@ -6,7 +6,8 @@ Per layer with inputs a and gradients s at its hidden vectors, over examples i a
           S = \mathbb{E}[\textstyle\sum_t s_t s_t^\top] = Q_S \cdot Q_S^\top, \quad
           \Lambda = \mathbb{E}[(Q_S^\top \textstyle\sum_t s_t a_t^\top Q_A)^{\odot 2}] .
 
-``func`` is called twice on every batch, for the factors A and S, then for Λ in their eigenbases.
+``func`` is called twice on every batch, for the factors A and S, then for Λ in their eigenbases. In
+the first batch it is checked that the loss of every example is its own.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
     ----------
     func : callable
         Called on batches of ``x``. Returns the losses of the batch's examples, of shape ``(B,)``,
-        each depending on its own example only, or a tuple of losses and a mask. The mask, of
-        shape ``(B, T)``, is 1 (or True) at positions that count and 0 at padding; it selects what
-        enters A and S, in layers with T positions. Λ always takes an example's whole gradient, so
-        padding belongs out of the losses too.
+        each depending on its own example only (which is checked in the first batch), or a tuple
+        of losses and a mask. The mask, of shape ``(B, T)``, is 1 (or True) at positions that count
+        and 0 at padding; it selects what enters A and S, in layers with T positions. Λ always takes
+        an example's whole gradient, so padding belongs out of the losses too.
 
         Negative log-likelihoods at the labels of the data give the empirical Fisher information
         matrix, at labels drawn from the predictions the true one. Random numbers of torch, of
