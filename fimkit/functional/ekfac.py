@@ -16,13 +16,14 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, Callable, List, Tuple  # noqa: UP035
+from typing import Any, Callable, List, Tuple, TypeVar  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.functional.cache import MLPCache
+from fimkit.functional.independence import layer_name
 from fimkit.functional.program import check_callable
 from fimkit.functional.recording import Batches, RecordedBatch, Recorder
 from fimkit.gradients import AmbientAutocast
@@ -31,6 +32,8 @@ from fimkit.replay import RandomStates, same_losses
 from fimkit.statistics.kronecker import LinearStatistics, set_eigenbases
 
 __all__ = ["ifvp_at_x_ekfac"]
+
+_T = TypeVar("_T")
 
 
 def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
@@ -165,7 +168,7 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                 "the mask that func returned is 0 everywhere; it must be 1 at the positions that "
                 "count."
             )
-        set_eigenbases(_named(statistics), n)
+        set_eigenbases({layer_name(i, j): layer for i, j, layer in _numbered(statistics)}, n)
         states.restore()
         for index, batch in enumerate(recorder.batches(batches)):
             if not same_losses(batch.losses, losses[index]):
@@ -176,15 +179,22 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                 )
             for layer, calls in _each(statistics, batch):
                 layer.add_squares(_joined(calls), None)
-    return [[layer.eigen_corrected(n) for layer in layers] for layers in statistics]
+    operators = [[layer.eigen_corrected(n) for layer in layers] for layers in statistics]
+    for i, j, operator in _numbered(operators):
+        if not bool(operator.eigenvalues.sum().isfinite()):
+            raise IFVPUsageError(
+                f"the eigenvalues of {layer_name(i, j)} are not finite: its squared gradients "
+                f"overflow {operator.eigenvalues.dtype}; compute in torch.float64, or scale the "
+                "losses."
+            )
+    return operators
 
 
-def _named(statistics: list[list[LinearStatistics]]) -> dict[str, LinearStatistics]:
-    return {
-        f"layer {j} of cache {i}": layer
-        for i, layers in enumerate(statistics)
-        for j, layer in enumerate(layers)
-    }
+def _numbered(layers: list[list[_T]]) -> Iterator[tuple[int, int, _T]]:
+    """Yield the cache, the number there, and what is given of each layer."""
+    for i, of_cache in enumerate(layers):
+        for j, layer in enumerate(of_cache):
+            yield i, j, layer
 
 
 def _each(
@@ -222,7 +232,7 @@ def _solve(
             _like(
                 vectors,
                 [
-                    _solve_layer(operator, damping, vector, f"layer {j} of cache {i}")
+                    _solve_layer(operator, damping, vector, layer_name(i, j))
                     for j, (operator, vector) in enumerate(zip(layers, vectors, strict=True))
                 ],
             )
@@ -267,6 +277,11 @@ def _solve_layer(operator: EigenKroneckerOperator, damping: float, v: Any, name:
             f"at 0); give a larger one, such as damping={remedy:.1g}, a thousandth of the mean of "
             "the layer's eigenvalues."
         ) from error
+    if not solved.isfinite().all():
+        raise SingularFisherError(
+            f"The IFVP of {name} with damping={damping:g} overflows {v.dtype}; give a larger "
+            "damping, or vectors of a wider dtype."
+        )
     return solved.reshape(v.shape).to(v.device)
 
 

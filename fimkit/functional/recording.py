@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,11 +89,14 @@ class RecordedBatch:
         Boolean.
     layers : list of list of list of FactoredRows
         ``layers[cache][layer][call]``, inputs and the gradients of the summed losses.
+    dtypes : set of torch.dtype
+        What losses and hidden vectors were computed in.
     """
 
     losses: Tensor
     mask: Tensor | None
     layers: list[list[list[FactoredRows]]]
+    dtypes: set[torch.dtype]
 
     def layouts(self) -> list[list[MatrixLayout]]:
         """Return the shape of every layer."""
@@ -134,7 +138,7 @@ class Recorder:
             _check_mask(batch)
             # With random numbers of its own a lone example has another loss.
             if states is not None and not states.passed():
-                self._check_alone(batches, batch.losses)
+                self._check_alone(batches, batch)
             if self._layouts is None:
                 self._layouts = batch.layouts()
             elif batch.layouts() != self._layouts:
@@ -167,7 +171,8 @@ class Recorder:
                 ]
                 for i, layers in enumerate(pairs)
             ]
-            batch = RecordedBatch(losses.detach(), mask, layers)
+            dtypes = {losses.dtype, *(tensor.dtype for tensor in hidden.values())}
+            batch = RecordedBatch(losses.detach(), mask, layers, dtypes)
             _check_finite(batch, index)
             if check:
                 check_independence(losses, hidden, signals)
@@ -177,20 +182,22 @@ class Recorder:
                 cache.stop()
         return batch
 
-    def _check_alone(self, batches: Batches, losses: Tensor) -> None:
-        """Refuse losses of the first batch that are others without the rest of the batch.
+    def _check_alone(self, batches: Batches, batch: RecordedBatch) -> None:
+        """Refuse a loss of the first batch that is another one without the rest of the batch.
 
-        The largest one is looked at: rounding errors may change one that is nearly 0.
+        The largest is looked at: rounding errors may change one that is nearly 0.
         """
-        largest = int(losses.abs().argmax())
+        largest = int(batch.losses.abs().argmax())
         alone = None
-        # func need not be able to run on one example by itself.
-        with RandomStates(), suppress(Exception), self._autocast.restored():
+        # func need not be able to run on one example by itself, nor without a warning.
+        silent = warnings.catch_warnings(action="ignore")
+        with RandomStates(), suppress(Exception), silent, self._autocast.restored():
             alone, _ = _outputs(self._func(*batches.examples(largest, 1)), 1)
         for cache in self._caches:
             cache.clear()
         if alone is not None:
-            check_alone(alone.detach(), losses, largest)
+            together = batch.losses[largest : largest + 1]
+            check_alone(alone.detach(), together, len(batch.losses), batch.dtypes)
 
 
 def _pairs(cache: MLPCache, size: int, index: int) -> list[list[RecordedPair]]:
@@ -310,8 +317,8 @@ def _check_finite(batch: RecordedBatch, index: int) -> None:
 
 
 def _cut(tensor: Tensor, dim: int, start: int, size: int) -> Tensor:
-    part = tensor.narrow(dim, start, size).contiguous()
-    return part.clone() if part.is_inference() else part
+    # A copy, so that what func does to it in place is done to nothing else.
+    return tensor.narrow(dim, start, size).clone(memory_format=torch.contiguous_format)
 
 
 def _dims(x: tuple[Any, ...], in_dims: Any) -> tuple[int | None, ...]:
