@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 __all__ = ["RandomStates", "loader_generators", "same_losses"]
 
@@ -69,14 +68,24 @@ def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
-def loader_generators(data: Any) -> list[torch.Generator]:
-    """Return the generators of a `torch.utils.data.DataLoader`, wherever it keeps them."""
-    if not isinstance(data, DataLoader):
-        return []
-    inner = getattr(data.batch_sampler, "sampler", None)
-    owners = (data, data.sampler, data.batch_sampler, inner)
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+def loader_generators(data: Any, depth: int = 4) -> list[torch.Generator]:
+    """Return the generators of a data loader, of its samplers and of its dataset.
+
+    Those that are found as ``generator``, by attributes named as `torch.utils.data` names them.
+
+    Parameters
+    ----------
+    data : object
+    depth : int, default=4
+        How many such attributes in a row to follow.
+    """
+    generator = getattr(data, "generator", None)
+    found = [generator] if isinstance(generator, torch.Generator) else []
+    for name in ("sampler", "batch_sampler", "dataset") if depth else ():
+        part = getattr(data, name, None)
+        if part is not None:
+            found += loader_generators(part, depth - 1)
+    return list({id(one): one for one in found}.values())
 
 
 def same_losses(second: Tensor, first: Tensor) -> bool:

@@ -206,6 +206,7 @@ class Noisy(Dataset):
     def __init__(self, draw):
         self.x, self.y = CASE.batch()
         self.draw = draw
+        self.generator = getattr(draw, "generator", None)
 
     def __len__(self):
         return N
@@ -228,6 +229,16 @@ def torch_noise(shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
+class SeededNoise:
+    """Noise of a torch generator."""
+
+    def __init__(self):
+        self.generator = seeded()
+
+    def __call__(self, shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
 def collated(examples):
     x, y = torch.utils.data.default_collate(examples)
     return x + 0.5 * torch.rand(len(x), 1, dtype=torch.float64), y
@@ -246,6 +257,14 @@ LOADERS = {
     "a batch sampler's generator": lambda: DataLoader(
         PLAIN, batch_sampler=BatchSampler(RandomSampler(PLAIN, generator=seeded()), 5, False)
     ),
+    "a generator inside a sampler of batches": lambda: DataLoader(
+        PLAIN,
+        batch_size=None,
+        sampler=BatchSampler(RandomSampler(PLAIN, generator=seeded()), 5, False),
+    ),
+    "shuffled, with persistent workers": lambda: DataLoader(
+        PLAIN, 5, shuffle=True, num_workers=2, persistent_workers=True
+    ),
     "with replacement": lambda: DataLoader(
         PLAIN, 5, sampler=RandomSampler(PLAIN, replacement=True, num_samples=N)
     ),
@@ -258,6 +277,7 @@ LOADERS = {
     ),
     "noise in two workers": lambda: DataLoader(Noisy(torch_noise), 5, num_workers=2, shuffle=True),
     "noise of a stream": lambda: DataLoader(Stream(Noisy(torch_noise)), 5),
+    "noise of a dataset's generator": lambda: DataLoader(Noisy(SeededNoise()), 5),
     "noise of a collate function": lambda: DataLoader(PLAIN, 5, collate_fn=collated),
     "noise of a ModelData": lambda: ModelData(CASE.model(), Noisy(torch_noise), batch_size=5),
 }

@@ -32,6 +32,9 @@ class ReplayedPasses:
         self._kept: list[BatchGradients] = []
         self._scalars: list[Tensor] = []
         self._states = RandomStates(loader_generators(run.data))
+        if getattr(run.data, "persistent_workers", False):
+            with self._states:  # starting workers draws a number, so they start before any pass
+                iter(run.data)
 
     def first(self) -> Iterator[BatchGradients]:
         """Yield the gradients of every batch.
@@ -84,6 +87,6 @@ class ReplayedPasses:
         return IFVPUsageError(
             f"the second pass over the data differs from the first: {what}. Give a loader that "
             "repeats its batches (the random numbers of torch, of the loader's generator, of "
-            "Python's random and of numpy.random are repeated, no others), or a larger "
-            "cache_budget, so that one pass is enough."
+            "Python's random and of numpy.random are repeated, no others, and none in persistent "
+            "workers), or a larger cache_budget, so that one pass is enough."
         )
