@@ -135,7 +135,9 @@ class LinearStatistics(LayerStatistics):
     ) -> None:
         """Add the positions of one call to the two sides.
 
-        An example may meet several calls, so the caller counts the examples of the output side.
+        The input side counts them itself, for a mean over positions (over calls, if reduced). The
+        output side's mean is over the examples that `set_eigenbases` is told of: an example that
+        meets several calls is one.
 
         Parameters
         ----------
