@@ -233,7 +233,7 @@ def test_errors_of_blocks(blocks, message):
         ("all", None, "regularization=None; expected 'auto', a number"),
         ("all", True, "regularization=True; expected 'auto', a number"),
         ("layer", [1e-3, 1e-3], r"2 values; expected one number, or one per block: 3 \(0, 2, 4\)"),
-        ("layer", [1e-3, -1, 1e-3], "block '2' is -1.0; expected a finite number"),
+        ("layer", [1e-3, -1, 1e-3], r"regularization\[1\] is -1\.0; expected a finite number"),
         ("layer", {"0": 1.0, "2": 1.0}, r"keys \['0', '2'\]; expected one per block: \['0', '2',"),
         ("layer", {"0": 1.0, "2": 1.0, "head": 1.0}, r"keys \['0', '2', 'head'\]"),
     ],

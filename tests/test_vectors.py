@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 
-from fimkit import Explicit, IFVPUsageError, ModelData
+from fimkit import EKFAC, KFAC, Diagonal, Explicit, IFVPUsageError, ModelData
 from fimkit.vectors import ParameterSpace
 from tests import reference
 from tests.cases import BY_NAME, mlp, points
@@ -43,7 +44,8 @@ def by_name(vectors, shapes):
 
 
 def joined(pieces, lead):
-    return torch.cat([torch.as_tensor(piece).reshape(*lead, -1).double() for piece in pieces], -1)
+    first = len(lead)
+    return torch.cat([torch.as_tensor(piece).flatten(first).double() for piece in pieces], -1)
 
 
 CONTAINERS = {
@@ -74,6 +76,44 @@ def test_one_tensor_per_parameter(fitted, shapes, container, k):
     assert out.shape == vectors.shape
     if k != 0:
         assert reference.error(torch.atleast_2d(out), expected(torch.atleast_2d(vectors))) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Explicit(solver="primal"),
+        Explicit(solver="dual"),
+        Explicit(blocks="layer"),
+        EKFAC(),
+        KFAC(),
+        Diagonal(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("container", [*CONTAINERS, "tensor", "array"])
+def test_no_vectors(shapes, container, estimator):
+    """What comes out is as empty as what came in, and no number is made up."""
+    fitted = clone(estimator).set_params(regularization=0.1).fit(CASE.model(), CASE.batches(5))
+    pieces = by_name(flat(0), shapes)
+    given = {"tensor": flat(0), "array": flat(0).numpy()}.get(container)
+    if given is None:
+        given = CONTAINERS[container](pieces)
+    for method in (fitted.transform, fitted.inverse_transform):
+        found = method(given)
+        assert type(found) is type(given)
+        if isinstance(found, torch.Tensor | np.ndarray):
+            assert found.shape == (0, 132)
+            continue
+        found = found if isinstance(found, dict) else dict(zip(shapes, found, strict=True))
+        assert {name: tuple(piece.shape) for name, piece in found.items()} == {
+            name: (0, *shape) for name, shape in shapes.items()
+        }
+    for method in (fitted.mahalanobis, fitted.score_samples):
+        assert method(given).shape == (0,)
+        assert method(given).dtype == np.float64
+    for method in (fitted.score, lambda vectors: fitted.score_path(vectors, [0.1, 1])):
+        with pytest.raises(IFVPUsageError, match="mean over vectors, and there are none"):
+            method(given)
 
 
 # The result is rounded to the vectors' own dtype, no more.
