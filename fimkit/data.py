@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["Indices", "ModelData", "check_batches", "indexed_batches"]
+__all__ = ["Indices", "ModelData", "check_batches", "described", "indexed_batches"]
 
 
 class ModelData:
@@ -65,7 +65,7 @@ class ModelData:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise IFVPUsageError(
-                f"model must be a torch.nn.Module; got {type(model).__name__}. Give "
+                f"model must be a torch.nn.Module; got {described(model)}. Give "
                 "ModelData(model, dataset)."
             )
         if isinstance(dataset, DataLoader):
@@ -117,8 +117,8 @@ class ModelData:
         A tuple's first element selects examples; the rest must select all parameters.
         """
         if isinstance(key, tuple):
-            key, *rest = key
-            if any(part is not Ellipsis and part != slice(None) for part in rest):
+            key, *rest = key or (...,)
+            if not all(part is ... or _is_full_slice(part) for part in rest):
                 raise IFVPUsageError(
                     "a ModelData is sliced by examples only, as data[indices]; choose parameters "
                     "with the estimator's parameters=."
@@ -129,12 +129,13 @@ class ModelData:
             key = key.cpu().numpy()
         if isinstance(key, list | tuple | range):
             key = np.asarray(key, dtype=np.intp if not len(key) else None)
+        problem = f"cannot select examples of a ModelData of length {len(self)} with {key!r}"
         try:
             indices = np.atleast_1d(self.indices[key])
         except IndexError as error:
-            raise IndexError(
-                f"cannot select examples of a ModelData of length {len(self)} with {key!r}: {error}"
-            ) from None
+            raise IndexError(f"{problem}: {error}") from None
+        if indices.ndim != 1:
+            raise IndexError(f"{problem}; give an integer, slice, mask or 1-D array of integers")
         return ModelData(
             self.model,
             self.dataset,
@@ -228,6 +229,11 @@ def _tagged_loader(loader: DataLoader[Any]) -> Iterator[tuple[Indices, Any]]:
         yield np.asarray(indices), batch
 
 
+def described(value: Any) -> str:
+    """Return how a message tells what a value is that it has no use for."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def check_batches(data: Any) -> Any:
     """Return data that can be iterated over in batches, or raise what it is instead.
 
@@ -246,16 +252,18 @@ def check_batches(data: Any) -> Any:
     ):
         raise IFVPUsageError(f"dataloader is a single batch; {remedy}, such as [(x, y)].")
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping):
-        raise IFVPUsageError(f"dataloader is a {type(data).__name__}; {remedy}.")
+        raise IFVPUsageError(f"dataloader is {described(data)}; {remedy}.")
     return data
 
 
+def _is_full_slice(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
 def _map_style(dataset: Any) -> Any:
-    if (
-        isinstance(dataset, tuple | list)
-        and dataset
-        and all(isinstance(item, Tensor | np.ndarray) for item in dataset)
-    ):
+    listed = dataset if isinstance(dataset, tuple | list) else ()
+    are_arrays = [isinstance(item, Tensor | np.ndarray) for item in listed]
+    if are_arrays and all(are_arrays):
         arrays = [torch.as_tensor(item) for item in dataset]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
@@ -264,11 +272,13 @@ def _map_style(dataset: Any) -> Any:
                 "example."
             )
         return TensorDataset(*arrays)
-    if isinstance(dataset, IterableDataset) or not (
-        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    ):
+    if any(are_arrays):
+        kinds = ", ".join(type(item).__name__ for item in listed)
+        raise IFVPUsageError(f"dataset holds {kinds}; give (inputs, targets) as tensors or arrays.")
+    foreign = isinstance(dataset, IterableDataset | nn.Module | Mapping | str | type)
+    if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise IFVPUsageError(
-            f"dataset must have a length and be indexable; got {type(dataset).__name__}. "
+            f"dataset must have a length and be indexable by integers; got {described(dataset)}. "
             "Give a map-style Dataset, a DataLoader of one, or a tuple of tensors; a stream of "
             "batches goes to fit(model, dataloader) directly."
         )

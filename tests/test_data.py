@@ -127,6 +127,7 @@ MASK = np.arange(N) % 4 == 1
         ((MASK, ...), [1, 5, 9]),
         ((np.array([7, 2]), slice(None)), [7, 2]),
         ((..., slice(None)), list(range(N))),
+        ((), list(range(N))),
         (..., list(range(N))),
         ([], []),
         (np.array([], dtype=int), []),
@@ -181,10 +182,16 @@ class Stream(IterableDataset):
     [
         ((X, Y[:-1]), {}, r"arrays of lengths \[10, 9\]"),
         ((X, torch.tensor(1)), {}, r"arrays of lengths \[10, 0\]"),
-        (Stream(), {}, "must have a length and be indexable; got Stream"),
-        (DataLoader(Stream()), {}, "must have a length and be indexable; got Stream"),
-        (zip(X, Y, strict=True), {}, "must have a length and be indexable; got zip"),
-        (None, {}, "must have a length and be indexable; got NoneType"),
+        (Stream(), {}, "must have a length and be indexable by integers; got Stream"),
+        (DataLoader(Stream()), {}, "must have a length and be indexable by integers; got Stream"),
+        (zip(X, Y, strict=True), {}, "must have a length and be indexable by integers; got zip"),
+        (None, {}, "must have a length and be indexable by integers; got NoneType"),
+        ({"x": X, "labels": Y}, {}, "indexable by integers; got dict"),
+        ("train", {}, "indexable by integers; got str"),
+        (nn.Sequential(nn.Linear(3, 2)), {}, "indexable by integers; got Sequential"),
+        (TensorDataset, {}, "indexable by integers; got the class TensorDataset"),
+        ((X, Y.tolist()), {}, r"holds Tensor, list; give \(inputs, targets\) as tensors"),
+        ((X, None), {}, "holds Tensor, NoneType"),
         ((X, Y), {"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
         ((X, Y), {"batch_size": 2.0}, "batch_size must be an integer of at least 1; got 2.0"),
         ((X, Y), {"batch_size": True}, "batch_size must be an integer"),
@@ -202,6 +209,8 @@ def test_errors(model, dataset, settings, message):
 def test_errors_of_the_model():
     with pytest.raises(IFVPUsageError, match=r"torch\.nn\.Module; got TensorDataset"):
         ModelData(TensorDataset(X, Y), nn.Linear(3, 2))
+    with pytest.raises(IFVPUsageError, match=r"torch\.nn\.Module; got the class Linear"):
+        ModelData(nn.Linear, (X, Y))
 
 
 @pytest.mark.parametrize(
@@ -209,11 +218,20 @@ def test_errors_of_the_model():
     [
         (10, IndexError, r"length 10 with 10"),
         ([0, 11], IndexError, "length 10"),
-        ([True] * 9, IndexError, "length 10"),
+        ([0, -11], IndexError, "length 10.*index -11 is out of bounds"),
+        ([True] * 9, IndexError, "length 10.*boolean"),
+        (torch.ones(11, dtype=torch.bool), IndexError, "boolean axis is 11"),
         (1.5, IndexError, "length 10"),
+        ([0.0, 1.0], IndexError, r"length 10.*must be of integer \(or boolean\) type"),
+        (np.array([1.0]), IndexError, "length 10.*must be of integer"),
+        (torch.tensor(2.0), IndexError, "length 10.*must be of integer"),
+        (None, IndexError, "with None; give an integer, slice, mask or 1-D array"),
+        (True, IndexError, "with True; give an integer, slice, mask or 1-D array"),
+        ([[0, 1]], IndexError, r"with array\(\[\[0, 1\]\]\); give an integer, slice, mask or 1-D"),
         ("0", IndexError, "length 10"),
         ((slice(None), 2), IFVPUsageError, "sliced by examples only"),
         ((slice(None), [0, 1]), IFVPUsageError, "sliced by examples only"),
+        (([0], np.array([0, 1])), IFVPUsageError, "sliced by examples only"),
     ],
 )
 def test_errors_of_indexing(model, key, error, message):

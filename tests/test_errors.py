@@ -106,13 +106,34 @@ FAILURES = {
     "a single batch": ({}, lambda: (model(), batch()), r"single batch;.*such as \[\(x, y\)\]"),
     "a tensor": ({}, lambda: (model(), batch()[0]), "dataloader is a single batch"),
     "an array": ({}, lambda: (model(), batch()[0].numpy()), "dataloader is a single batch"),
-    "a string": ({}, lambda: (model(), "loader"), "dataloader is a str; give a DataLoader"),
+    "a string": ({}, lambda: (model(), "loader"), "dataloader is str; give a DataLoader"),
     "a mapping": (
         {},
         lambda: (model(), {"x": batch()[0], "labels": batch()[1]}),
-        "dataloader is a dict; give a DataLoader",
+        "dataloader is dict; give a DataLoader",
     ),
-    "a number": ({}, lambda: (model(), 3), "dataloader is a int"),
+    "a number": ({}, lambda: (model(), 3), "dataloader is int; give a DataLoader"),
+    "a generator function": (
+        {},
+        lambda: (model(), lambda: iter([batch()])),
+        "dataloader is function; give a DataLoader",
+    ),
+    "a class of loaders": ({}, lambda: (model(), DataLoader), "is the class DataLoader; give a"),
+    "numbers for batches": (
+        {},
+        lambda: (model(), [1, 2]),
+        r"batch 0: a batch must be a tuple or list \(\*inputs, targets\).*got int",
+    ),
+    "examples for batches": (
+        {},
+        lambda: (model(), TensorDataset(*batch())[0]),
+        "dataloader is a single batch",
+    ),
+    "a list of examples": (
+        {},
+        lambda: (model(), list(TensorDataset(*batch()))),
+        r"batch 0: .* outputs of shape \(3,\) and targets of shape \(\); expected outputs \(B, C",
+    ),
     # the model
     "arguments swapped": (
         {},
@@ -120,7 +141,7 @@ FAILURES = {
         r"model must be a torch\.nn\.Module.*got list \(the arguments look swapped\)",
     ),
     "no model": ({}, lambda: (None, [batch()]), "got NoneType"),
-    "a class": ({}, lambda: (nn.Linear, [batch()]), "got type"),
+    "a class": ({}, lambda: (nn.Linear, [batch()]), "got the class Linear"),
     "nothing trainable": (
         {},
         lambda: (frozen(), [batch()]),
@@ -152,6 +173,21 @@ FAILURES = {
         {"parameters": []},
         lambda: (model(), [batch()]),
         "parameters is empty; give at least one name",
+    ),
+    "numbers for names": (
+        {"parameters": [3]},
+        lambda: (model(), [batch()]),
+        "parameters holds a int; expected names of parameters",
+    ),
+    "parameters for names": (
+        {"parameters": list(mlp().parameters())},
+        lambda: (model(), [batch()]),
+        "parameters holds a Parameter; expected names of parameters, as model.named_parameters",
+    ),
+    "a number for names": (
+        {"parameters": 3},
+        lambda: (model(), [batch()]),
+        "'parameters' parameter of Explicit must be.*3",
     ),
     # numbers
     "NaN inputs": ({}, lambda: (model(), spoiled(torch.nan)), "batch 2 gives NaN or infinite"),
@@ -286,6 +322,49 @@ FAILURES = {
         {"dtype": np.float64},
         lambda: (model(), [batch()]),
         "'dtype' parameter of Explicit must be",
+    ),
+    **{
+        f"dtype {dtype}": (
+            {"dtype": dtype},
+            lambda: (model(), [batch()]),
+            f"'dtype' parameter of Explicit must be a torch.dtype among .*{dtype}",
+        )
+        for dtype in (torch.int64, torch.float16, torch.bfloat16, torch.complex64)
+    },
+    "an unknown device": (
+        {"device": "nonsense"},
+        lambda: (model(), [batch()]),
+        "device='nonsense' cannot be used here: .*Give a device of this machine, such as 'cpu'",
+    ),
+    "a device that is not there": (
+        {"device": torch.device("cuda", 99)},
+        lambda: (model(), [batch()]),
+        "device='cuda:99' cannot be used here: .*Give a device of this machine",
+    ),
+    "a device without numbers": (
+        {"device": "meta"},
+        lambda: (model(), [batch()]),
+        "device='meta' holds no numbers",
+    ),
+    "a number for a device": (
+        {"device": 0},
+        lambda: (model(), [batch()]),
+        "'device' parameter of Explicit must be.*0",
+    ),
+    "a name for λ": (
+        {"regularization": ["a"]},
+        lambda: (model(), [batch()]),
+        r"regularization\[0\] is 'a'; expected a number",
+    ),
+    "True for λ": (
+        {"regularization": True},
+        lambda: (model(), [batch()]),
+        "regularization=True; expected 'auto', a number",
+    ),
+    "too many λ": (
+        {"regularization": [1.0, 1.0]},
+        lambda: (model(), [batch()]),
+        r"regularization has 2 values; expected one number, or one per block: 1 \(all\)",
     ),
     "unknown blocks": (
         {"blocks": "layers"},

@@ -86,7 +86,10 @@ def given_regularizations(value: Any) -> float | list[float] | dict[Any, float]:
         If they are negative, or not numbers.
     """
     if isinstance(value, Mapping):
-        return {key: _checked(number, f"regularization[{key!r}]") for key, number in value.items()}
+        return {
+            block: _checked(number, f"regularization of block {block!r}")
+            for block, number in value.items()
+        }
     if _is_listing(value):
         return _checked_list(value, "regularization")
     number = _number(value)

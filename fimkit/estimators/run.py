@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fimkit.data import ModelData, check_batches, indexed_batches
+from fimkit.data import ModelData, check_batches, described, indexed_batches
 from fimkit.estimators.blocks import select_parameters
 from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
@@ -130,6 +130,9 @@ class Run:
                 gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
             except IFVPUsageError as error:
                 raise type(error)(f"batch {i}: {error}") from error
+            except Exception as error:
+                error.add_note(f"in batch {i} of the data")
+                raise
             if not gradients.n:
                 raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
             before += gradients.n
@@ -163,7 +166,7 @@ def _check_model(model: Any, dataloader: Any) -> None:
     if not isinstance(model, nn.Module):
         swapped = " (the arguments look swapped)" if isinstance(dataloader, nn.Module) else ""
         raise IFVPUsageError(
-            f"model must be a torch.nn.Module or a ModelData; got {type(model).__name__}{swapped}. "
+            f"model must be a torch.nn.Module or a ModelData; got {described(model)}{swapped}. "
             "Call fit(model, dataloader) or fit(ModelData(model, dataset))."
         )
     if dataloader is None:
