@@ -1,16 +1,26 @@
 """Bad input is refused by name, and leaves estimator and model as they were."""
 
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
+from fimkit import (
+    EKFAC,
+    KFAC,
+    Diagonal,
+    Explicit,
+    IFVPUsageError,
+    ModelData,
+    SingularFisherError,
+)
 from tests.cases import Apply, mlp, points, split
 from tests.state import unchanged
 
@@ -410,6 +420,103 @@ def test_a_first_fit_that_fails_leaves_nothing(name):
     assert set(vars(estimator)) == set(estimator.get_params())
     with pytest.raises(NotFittedError):
         estimator.transform(torch.ones(79))
+
+
+class Failure:
+    """Raises an error at one place, from the batch of a given number on.
+
+    Parameters
+    ----------
+    place : {"data", "forward", "loss", "backward"}
+    number : int
+        Of the batch, counted over all passes.
+    error : Exception
+    """
+
+    def __init__(self, place, number, error):
+        self.place, self.number, self.error = place, number, error
+        self.batches = 0
+
+    def at(self, place):
+        if place == self.place and self.batches > self.number:
+            raise self.error
+
+    def __iter__(self):
+        """Yield three batches of two, as often as asked."""
+        for part in split(batch(), N, 2):
+            self.batches += 1
+            self.at("data")
+            yield part
+
+    def model(self):
+        class Backward(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, signal):
+                self.at("backward")
+                return signal
+
+        def forward(module, x):
+            self.at("forward")
+            return Backward.apply(module.inner(x))
+
+        return Apply(forward, inner=model()).train()
+
+    def loss(self, model, batch):
+        self.at("loss")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["data", "forward", "loss", "backward"])
+@pytest.mark.parametrize(
+    ("estimator", "number"),
+    [
+        *product([Explicit(1e-3), KFAC(1e-3), Diagonal(1e-3)], range(3)),
+        *product([EKFAC(1e-3, cache_budget=0)], range(6)),
+    ],
+)
+def test_a_fit_that_stops_in_the_middle_leaves_no_trace(estimator, place, number, error):
+    """In the first batch, a later one, or those of the second pass; also when interrupted."""
+    failure = Failure(place, number, error("halt"))
+    network = failure.model()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    estimator = clone(estimator).set_params(loss=Failure(None, 0, None).loss)
+    estimator.fit(model(), split(batch(), N, 2))
+    vectors = torch.randn(3, estimator.n_features_in_, dtype=torch.float64)
+    before = estimator.transform(vectors)
+    estimator.set_params(loss=failure.loss)
+    state = {key: id(value) for key, value in vars(estimator).items()}
+    with unchanged(network), pytest.raises(error, match="halt") as caught:
+        estimator.fit(network, failure)
+    assert failure.batches == number + 1, "it stopped where it was meant to"
+    if place != "data" and error is RuntimeError:
+        assert caught.value.__notes__[-1] == f"in batch {number % 3} of the data"
+    assert {key: id(value) for key, value in vars(estimator).items()} == state
+    assert torch.equal(estimator.transform(vectors), before)
+    first = clone(estimator)
+    with unchanged(network), pytest.raises(error, match="halt"):
+        first.fit(network, Failure("data", 1, error("halt")))
+    assert set(vars(first)) == set(first.get_params())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "loss", "backward"])
+@pytest.mark.parametrize("method", ["transform", "mahalanobis", "score"])
+def test_gradients_that_stop_in_the_middle_leave_no_trace(method, place, error):
+    failure = Failure(place, 3, error("halt"))
+    network = failure.model()
+    estimator = Explicit(1e-3, loss=failure.loss).fit(network, failure)
+    vectors = torch.randn(3, estimator.n_features_in_, dtype=torch.float64)
+    before = estimator.transform(vectors)
+    failure.batches = 4
+    with unchanged(network), pytest.raises(error, match="halt"):
+        getattr(estimator, method)(ModelData(network, batch(), batch_size=2))
+    assert torch.equal(estimator.transform(vectors), before)
 
 
 def test_batches_are_named_by_position():
