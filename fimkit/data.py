@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["Indices", "ModelData", "check_batches", "described", "indexed_batches"]
+__all__ = [
+    "Indices",
+    "ModelData",
+    "check_batches",
+    "check_model_data",
+    "described",
+    "indexed_batches",
+]
 
 
 class ModelData:
@@ -69,16 +76,25 @@ class ModelData:
                 "ModelData(model, dataset)."
             )
         if isinstance(dataset, DataLoader):
+            if getattr(dataset, "batch_sampler", None) is None:
+                raise IFVPUsageError(
+                    "the DataLoader has batch_size=None, so its dataset holds no examples to slice "
+                    "but batches; give it to fit(model, dataloader) directly."
+                )
             batch_size = dataset.batch_size or batch_size
             collate_fn = collate_fn or dataset.collate_fn
             dataset = dataset.dataset
         self.model = model
         self.dataset = _map_style(dataset)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if (
+            isinstance(batch_size, bool)
+            or not isinstance(batch_size, int | np.integer)
+            or batch_size < 1
+        ):
             raise IFVPUsageError(
                 f"batch_size must be an integer of at least 1; got {batch_size!r}."
             )
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)
         self.collate_fn = collate_fn
         n = len(self.dataset)
         self.indices = np.arange(n) if indices is None else _positions(indices, n)
@@ -101,15 +117,25 @@ class ModelData:
         """Targets of the examples, ``(n,)`` or ``(n, ...)``: each one's last element or labels.
 
         Reads every example once.
+
+        Raises
+        ------
+        IFVPUsageError
+            If an example has no target, or targets differ in shape.
         """
         if isinstance(self.dataset, TensorDataset):
-            return np.asarray(self.dataset.tensors[-1][self.indices].cpu())
+            return np.asarray(_target(self.dataset.tensors)[self.indices].cpu())
         targets = []
         for index in self.indices:
-            example = self.dataset[int(index)]
-            target = example["labels"] if hasattr(example, "keys") else example[-1]
+            target = _target(self.dataset[int(index)])
             targets.append(np.asarray(target.cpu() if isinstance(target, Tensor) else target))
-        return np.stack(targets)
+        shapes = sorted({target.shape for target in targets})
+        if len(shapes) > 1:
+            raise IFVPUsageError(
+                f"the targets are no one array: some have shape {shapes[0]}, some {shapes[-1]}. "
+                "Give scikit-learn labels of your own for its splits."
+            )
+        return np.stack(targets) if targets else np.empty(0)
 
     def __getitem__(self, key: Any) -> ModelData:
         """Return the examples that an index, slice, mask or index array selects.
@@ -256,6 +282,24 @@ def check_batches(data: Any) -> Any:
     return data
 
 
+def check_model_data(data: Any, name: str) -> None:
+    """Raise if an argument, by its name, is no `ModelData`."""
+    if not isinstance(data, ModelData):
+        raise IFVPUsageError(f"{name} must be a ModelData(model, dataset); got {described(data)}.")
+
+
+def _target(example: Any) -> Any:
+    """Return the target of an example, by the rule for batches."""
+    if hasattr(example, "keys") and "labels" in example:
+        return example["labels"]
+    if isinstance(example, tuple | list) and len(example) > 1:
+        return example[-1]
+    raise IFVPUsageError(
+        "an example has no target: expected a tuple or list (*inputs, target), or a mapping with "
+        f"'labels'; got {described(example)}. Give scikit-learn labels of your own for its splits."
+    )
+
+
 def _is_full_slice(part: Any) -> bool:
     return isinstance(part, slice) and part == slice(None)
 
@@ -264,7 +308,13 @@ def _map_style(dataset: Any) -> Any:
     listed = dataset if isinstance(dataset, tuple | list) else ()
     are_arrays = [isinstance(item, Tensor | np.ndarray) for item in listed]
     if are_arrays and all(are_arrays):
-        arrays = [torch.as_tensor(item) for item in dataset]
+        for item in listed:
+            if isinstance(item, np.ndarray) and item.dtype.kind not in "biuf":
+                raise IFVPUsageError(
+                    f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
+                    "integers, for instance by sklearn.preprocessing.LabelEncoder."
+                )
+        arrays = [torch.as_tensor(item) for item in listed]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
             raise IFVPUsageError(

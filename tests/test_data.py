@@ -90,7 +90,7 @@ def test_loaders_bring_batch_size_and_collate_function(model):
     assert data.batch_size == 3
     assert [x[:, 0].tolist() for x, _ in data[:4].batches()] == [[1, 2, 3], [4]]
     assert data.targets.tolist() == Y.tolist()
-    own = ModelData(model, Texts(), batch_size=2, collate_fn=lengths)
+    own = ModelData(model, Texts(), batch_size=np.int64(2), collate_fn=lengths)
     assert [len(y) for _, y in own[5:].batches()] == [2, 2, 1]
 
 
@@ -192,6 +192,9 @@ class Stream(IterableDataset):
         (TensorDataset, {}, "indexable by integers; got the class TensorDataset"),
         ((X, Y.tolist()), {}, r"holds Tensor, list; give \(inputs, targets\) as tensors"),
         ((X, None), {}, "holds Tensor, NoneType"),
+        ((X.numpy(), Y.numpy().astype(str)), {}, "array of dtype <U21; give.*LabelEncoder"),
+        ((X.numpy(), Y.numpy().astype(object)), {}, "array of dtype object; give.*LabelEncoder"),
+        (DataLoader([(X, Y)], batch_size=None), {}, r"batch_size=None.*fit\(model, dataloader\)"),
         ((X, Y), {"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
         ((X, Y), {"batch_size": 2.0}, "batch_size must be an integer of at least 1; got 2.0"),
         ((X, Y), {"batch_size": True}, "batch_size must be an integer"),
@@ -211,6 +214,27 @@ def test_errors_of_the_model():
         ModelData(TensorDataset(X, Y), nn.Linear(3, 2))
     with pytest.raises(IFVPUsageError, match=r"torch\.nn\.Module; got the class Linear"):
         ModelData(nn.Linear, (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([(X[0], torch.ones(2)), (X[1], torch.ones(3))], r"some have shape \(2,\), some \(3,\)"),
+        ([{"x": X[0], "target": 1}], r"no target: expected .*mapping with 'labels'; got dict"),
+        ([(X[0],)], r"an example has no target: .*got tuple"),
+        ([1, 2], r"an example has no target: .*got int"),
+        (X, r"an example has no target: .*got Tensor"),
+        ((X,), r"an example has no target: .*got tuple"),
+    ],
+)
+def test_errors_of_targets(model, dataset, message):
+    with pytest.raises(IFVPUsageError, match=message):
+        _ = ModelData(model, dataset).targets
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_targets(model, source):
+    assert ModelData(model, SOURCES[source]())[:0].targets.shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,11 @@ FAILURES = {
         r"no trainable parameters \(6 in all, none with requires_grad\)",
     ),
     "no parameters": ({}, lambda: (nn.ReLU(), [batch()]), r"no trainable parameters \(0 in all"),
+    "data twice": (
+        {},
+        lambda: (ModelData(model(), batch()), DataLoader(TensorDataset(*batch()))),
+        "a ModelData brings its own data, and a DataLoader was given beside it",
+    ),
     "batch norm without statistics": (
         {},
         lambda: (with_layer(nn.BatchNorm1d(4, track_running_stats=False)), [batch()]),
@@ -517,6 +522,30 @@ def test_gradients_that_stop_in_the_middle_leave_no_trace(method, place, error):
     with unchanged(network), pytest.raises(error, match="halt"):
         getattr(estimator, method)(ModelData(network, batch(), batch_size=2))
     assert torch.equal(estimator.transform(vectors), before)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LazyLinear(3), nn.Linear(4, 3, device="meta")], ids=["lazy", "meta"]
+)
+def test_models_without_numbers(layer):
+    message = r"parameter '1\.weight' holds no numbers yet; load the model's weights, or run a lazy"
+    with pytest.raises(IFVPUsageError, match=message):
+        Explicit().fit(nn.Sequential(nn.Linear(5, 4), layer), [batch()])
+
+
+def test_what_fit_transform_refuses():
+    """Before the fit: a model with a loader would be fitted, and then be no vectors."""
+    estimator = Explicit()
+    with pytest.raises(IFVPUsageError, match=r"data must be a ModelData.*got Sequential"):
+        estimator.fit_transform(model(), [batch()])
+    assert not hasattr(estimator, "fisher_")
+
+
+@pytest.mark.parametrize("data", [[batch()], model(), None])
+def test_what_gradients_refuses(data):
+    estimator = Explicit().fit(model(), [batch()])
+    with pytest.raises(IFVPUsageError, match=r"data must be a ModelData.*got"):
+        next(estimator.gradients(data))
 
 
 def test_batches_are_named_by_position():

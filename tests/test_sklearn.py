@@ -10,10 +10,19 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.base import clone, is_classifier
-from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import (
+    GridSearchCV,
+    KFold,
+    cross_val_score,
+    learning_curve,
+    train_test_split,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
+from sklearn.utils import resample
 from torch import nn
 
 from fimkit import EKFAC, KFAC, Diagonal, Explicit, ModelData, influence
@@ -299,6 +308,46 @@ def test_grid_search():
             scores.append(float(normal.log_prob(rows[test]).mean()))
         assert search.cv_results_["mean_test_score"][i] == pytest.approx(np.mean(scores), rel=1e-6)
     assert search.best_estimator_.n_samples_seen_ == len(rows)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_what_goes_in_is_no_metadata(estimator):
+    """Nothing is routed, whether routing is on or off."""
+    data = ModelData(CASE.model(), CASE.batch())
+    assert not any(hasattr(estimator, name) for name in ROUTING)
+    assert str(estimator.get_metadata_routing()) == "{}"
+    found = [cross_val_score(estimator, data, data.targets, cv=3, error_score="raise")]
+    with config_context(enable_metadata_routing=True):
+        found.append(cross_val_score(estimator, data, data.targets, cv=3, error_score="raise"))
+        make_pipeline(estimator, Normalizer()).fit(data, data.targets).transform(data)
+    assert np.array_equal(*found)
+
+
+ROUTING = [f"set_{name}_request" for name in ("fit", "transform", "inverse_transform", "score")]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_frozen(estimator):
+    data = ModelData(CASE.model(), CASE.batch())
+    fitted = clone(estimator).fit(data)
+    frozen = FrozenEstimator(fitted)
+    assert np.array_equal(frozen.transform(data), fitted.transform(data))
+    pipeline = make_pipeline(clone(frozen), Normalizer()).fit(data[:3])
+    assert np.array_equal(pipeline[0].transform(data), fitted.transform(data))
+
+
+def test_resampling_and_splitting():
+    data = ModelData(CASE.model(), CASE.batch())
+    train, test, y, _ = train_test_split(data, data.targets, test_size=4, random_state=0)
+    assert sorted([*train.indices, *test.indices]) == list(range(len(data)))
+    assert y.tolist() == train.targets.tolist()
+    drawn, y = resample(data, data.targets, n_samples=5, random_state=0)
+    assert y.tolist() == drawn.targets.tolist()
+    sizes = [0.5, 1.0]
+    curve = learning_curve(
+        Explicit(), data, data.targets, train_sizes=sizes, cv=2, error_score="raise"
+    )
+    assert np.isfinite(curve[2]).all()
 
 
 def test_progress_is_shown_on_demand(capsys):

@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from fimkit.data import ModelData
+from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.regularization import (
     block_regularizations,
     given_regularizations,
@@ -47,7 +47,11 @@ _DENSE_LIMIT = 4 * 2**30
 class FisherEstimator(TransformerMixin, BaseEstimator):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
-    __metadata_request__fit = {"dataloader": metadata_routing.UNUSED}  # noqa: RUF012
+    # What goes in is no metadata, although it is not called X.
+    __metadata_request__fit = dict.fromkeys(("model", "dataloader"), metadata_routing.UNUSED)
+    __metadata_request__transform = {"vectors": metadata_routing.UNUSED}  # noqa: RUF012
+    __metadata_request__inverse_transform = __metadata_request__transform
+    __metadata_request__score = __metadata_request__transform
 
     _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
         "regularization": [
@@ -178,6 +182,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         -------
         ifvp : ndarray of shape (n, p)
         """
+        check_model_data(data, "data")
         return self.fit(data, y).transform(data)
 
     def inverse_transform(self, vectors: Any) -> Any:
@@ -380,6 +385,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             What `fimkit.influence` is built on.
         """
         check_is_fitted(self)
+        check_model_data(data, "data")
         settings = self._settings
         if fisher is not None:
             objective = Objective(settings.objective.loss, fisher)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import Columns
@@ -49,9 +50,15 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> Param
     Raises
     ------
     IFVPUsageError
-        If a pattern matches no trainable parameter, or there is none.
+        If a pattern matches no trainable parameter, or there is none, or one holds no numbers.
     """
     named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if parameter.is_meta or is_lazy(parameter):
+            raise IFVPUsageError(
+                f"parameter {name!r} holds no numbers yet; load the model's weights, or run a lazy "
+                "module once, before the fit."
+            )
     trainable = [name for name, parameter in named.items() if parameter.requires_grad]
     if not trainable:
         raise IFVPUsageError(

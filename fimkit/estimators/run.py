@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from fimkit.data import ModelData, check_batches, described, indexed_batches
@@ -58,6 +59,11 @@ class Run:
         space: ParameterSpace | None = None,
     ) -> None:
         if isinstance(model, ModelData):
+            if isinstance(dataloader, ModelData | DataLoader):
+                raise IFVPUsageError(
+                    "a ModelData brings its own data, and a "
+                    f"{type(dataloader).__name__} was given beside it; give one of the two."
+                )
             model, data = model.model, model
         else:
             _check_model(model, dataloader)

@@ -69,10 +69,9 @@ class Settings:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """Return a device that can hold numbers."""
+    """Return the device that tensors are on when they are made on this one."""
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        found: torch.device = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
         why = str(error).partition("\n")[0]
         raise IFVPUsageError(
