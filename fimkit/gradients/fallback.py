@@ -84,7 +84,7 @@ class FallbackGradients:
             scalars: Tensor | None = None
             with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
                 scalars = self._program(*_example(0, cut, (batch, labels)))
-            if scalars is not None:
+            if scalars is not None and len(scalars) == 1:
                 yield scalars
 
     def rows(

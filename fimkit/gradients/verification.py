@@ -64,8 +64,8 @@ class RandomSum:
         precision: torch.dtype | None = None,
     ) -> None:
         self._precision = set() if precision is None else {precision}
-        generator = torch.Generator().manual_seed(0)
-        random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64, device="cpu")
         self.coefficients = random.to(scalars)
         inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
         self._total = (self.coefficients * scalars).sum()

@@ -58,7 +58,7 @@ class GramOperator(Operator):
 
     def matmul(self, vectors: Tensor, damping: float = 0.0) -> Tensor:
         """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
-        out = torch.empty_like(vectors)
+        out = vectors * damping
         for some, columns, values in self.rows.combine(self._project(vectors) * self._scale):
             out[some, columns] = values.add_(vectors[some, columns], alpha=damping)
         return out
@@ -67,7 +67,7 @@ class GramOperator(Operator):
         """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
         self._check(damping)
         coefficients = self._cholesky.solve(self._project(vectors).T, damping).T * self._scale
-        out = torch.empty_like(vectors)
+        out = vectors / damping
         for some, columns, values in self.rows.combine(coefficients):
             torch.sub(vectors[some, columns], values, out=values)
             out[some, columns] = values.div_(damping)
