@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["Indices", "ModelData", "check_batches", "indexed_batches"]
+__all__ = [
+    "Indices",
+    "ModelData",
+    "check_batches",
+    "check_model_data",
+    "described",
+    "indexed_batches",
+]
 
 
 class ModelData:
@@ -65,20 +72,29 @@ class ModelData:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise IFVPUsageError(
-                f"model must be a torch.nn.Module; got {type(model).__name__}. Give "
+                f"model must be a torch.nn.Module; got {described(model)}. Give "
                 "ModelData(model, dataset)."
             )
         if isinstance(dataset, DataLoader):
+            if getattr(dataset, "batch_sampler", None) is None:
+                raise IFVPUsageError(
+                    "the DataLoader has batch_size=None, so its dataset holds no examples to slice "
+                    "but batches; give it to fit(model, dataloader) directly."
+                )
             batch_size = dataset.batch_size or batch_size
             collate_fn = collate_fn or dataset.collate_fn
             dataset = dataset.dataset
         self.model = model
         self.dataset = _map_style(dataset)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if (
+            isinstance(batch_size, bool)
+            or not isinstance(batch_size, int | np.integer)
+            or batch_size < 1
+        ):
             raise IFVPUsageError(
                 f"batch_size must be an integer of at least 1; got {batch_size!r}."
             )
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)
         self.collate_fn = collate_fn
         n = len(self.dataset)
         self.indices = np.arange(n) if indices is None else _positions(indices, n)
@@ -101,15 +117,25 @@ class ModelData:
         """Targets of the examples, ``(n,)`` or ``(n, ...)``: each one's last element or labels.
 
         Reads every example once.
+
+        Raises
+        ------
+        IFVPUsageError
+            If an example has no target, or targets differ in shape.
         """
         if isinstance(self.dataset, TensorDataset):
-            return np.asarray(self.dataset.tensors[-1][self.indices].cpu())
+            return np.asarray(_target(self.dataset.tensors)[self.indices].cpu())
         targets = []
         for index in self.indices:
-            example = self.dataset[int(index)]
-            target = example["labels"] if hasattr(example, "keys") else example[-1]
+            target = _target(self.dataset[int(index)])
             targets.append(np.asarray(target.cpu() if isinstance(target, Tensor) else target))
-        return np.stack(targets)
+        shapes = sorted({target.shape for target in targets})
+        if len(shapes) > 1:
+            raise IFVPUsageError(
+                f"the targets are no one array: some have shape {shapes[0]}, some {shapes[-1]}. "
+                "Give scikit-learn labels of your own for its splits."
+            )
+        return np.stack(targets) if targets else np.empty(0)
 
     def __getitem__(self, key: Any) -> ModelData:
         """Return the examples that an index, slice, mask or index array selects.
@@ -117,8 +143,8 @@ class ModelData:
         A tuple's first element selects examples; the rest must select all parameters.
         """
         if isinstance(key, tuple):
-            key, *rest = key
-            if any(part is not Ellipsis and part != slice(None) for part in rest):
+            key, *rest = key or (...,)
+            if not all(part is ... or _is_full_slice(part) for part in rest):
                 raise IFVPUsageError(
                     "a ModelData is sliced by examples only, as data[indices]; choose parameters "
                     "with the estimator's parameters=."
@@ -129,12 +155,13 @@ class ModelData:
             key = key.cpu().numpy()
         if isinstance(key, list | tuple | range):
             key = np.asarray(key, dtype=np.intp if not len(key) else None)
+        problem = f"cannot select examples of a ModelData of length {len(self)} with {key!r}"
         try:
             indices = np.atleast_1d(self.indices[key])
         except IndexError as error:
-            raise IndexError(
-                f"cannot select examples of a ModelData of length {len(self)} with {key!r}: {error}"
-            ) from None
+            raise IndexError(f"{problem}: {error}") from None
+        if indices.ndim != 1:
+            raise IndexError(f"{problem}; give an integer, slice, mask or 1-D array of integers")
         return ModelData(
             self.model,
             self.dataset,
@@ -228,6 +255,11 @@ def _tagged_loader(loader: DataLoader[Any]) -> Iterator[tuple[Indices, Any]]:
         yield np.asarray(indices), batch
 
 
+def described(value: Any) -> str:
+    """Return how a message tells what a value is that it has no use for."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def check_batches(data: Any) -> Any:
     """Return data that can be iterated over in batches, or raise what it is instead.
 
@@ -246,17 +278,43 @@ def check_batches(data: Any) -> Any:
     ):
         raise IFVPUsageError(f"dataloader is a single batch; {remedy}, such as [(x, y)].")
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping):
-        raise IFVPUsageError(f"dataloader is a {type(data).__name__}; {remedy}.")
+        raise IFVPUsageError(f"dataloader is {described(data)}; {remedy}.")
     return data
 
 
+def check_model_data(data: Any, name: str) -> None:
+    """Raise if an argument, by its name, is no `ModelData`."""
+    if not isinstance(data, ModelData):
+        raise IFVPUsageError(f"{name} must be a ModelData(model, dataset); got {described(data)}.")
+
+
+def _target(example: Any) -> Any:
+    """Return the target of an example, by the rule for batches."""
+    if hasattr(example, "keys") and "labels" in example:
+        return example["labels"]
+    if isinstance(example, tuple | list) and len(example) > 1:
+        return example[-1]
+    raise IFVPUsageError(
+        "an example has no target: expected a tuple or list (*inputs, target), or a mapping with "
+        f"'labels'; got {described(example)}. Give scikit-learn labels of your own for its splits."
+    )
+
+
+def _is_full_slice(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
 def _map_style(dataset: Any) -> Any:
-    if (
-        isinstance(dataset, tuple | list)
-        and dataset
-        and all(isinstance(item, Tensor | np.ndarray) for item in dataset)
-    ):
-        arrays = [torch.as_tensor(item) for item in dataset]
+    listed = dataset if isinstance(dataset, tuple | list) else ()
+    are_arrays = [isinstance(item, Tensor | np.ndarray) for item in listed]
+    if are_arrays and all(are_arrays):
+        for item in listed:
+            if isinstance(item, np.ndarray) and item.dtype.kind not in "biuf":
+                raise IFVPUsageError(
+                    f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
+                    "integers, for instance by sklearn.preprocessing.LabelEncoder."
+                )
+        arrays = [torch.as_tensor(item) for item in listed]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
             raise IFVPUsageError(
@@ -264,11 +322,13 @@ def _map_style(dataset: Any) -> Any:
                 "example."
             )
         return TensorDataset(*arrays)
-    if isinstance(dataset, IterableDataset) or not (
-        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    ):
+    if any(are_arrays):
+        kinds = ", ".join(type(item).__name__ for item in listed)
+        raise IFVPUsageError(f"dataset holds {kinds}; give (inputs, targets) as tensors or arrays.")
+    foreign = isinstance(dataset, IterableDataset | nn.Module | Mapping | str | type)
+    if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise IFVPUsageError(
-            f"dataset must have a length and be indexable; got {type(dataset).__name__}. "
+            f"dataset must have a length and be indexable by integers; got {described(dataset)}. "
             "Give a map-style Dataset, a DataLoader of one, or a tuple of tensors; a stream of "
             "batches goes to fit(model, dataloader) directly."
         )

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fimkit.data import ModelData
+from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.base import FisherEstimator
 from fimkit.exceptions import IFVPUsageError
 
@@ -78,6 +78,8 @@ def top_k(
     scores : ndarray of shape (n_queries, k)
         Their scores.
     """
+    check_model_data(train, "train")
+    check_model_data(queries, "queries")
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= len(train):
         raise IFVPUsageError(f"k must be an integer from 1 to len(train)={len(train)}; got {k!r}.")
     sign = -1 if largest else 1
@@ -109,18 +111,27 @@ def self_influence(estimator: FisherEstimator, data: ModelData) -> Scores:
     -------
     scores : ndarray of shape (n,)
     """
+    _check_estimator(estimator)
+    check_model_data(data, "data")
     return estimator.mahalanobis(data)
+
+
+def _check_estimator(estimator: Any) -> None:
+    """Raise if an estimator is none of fimkit's, nor one that stands in for it."""
+    if not hasattr(estimator, "gradients"):
+        raise IFVPUsageError(
+            f"estimator must be a fitted estimator of fimkit; got {type(estimator).__name__}. Of a "
+            "search or a pipeline, give the fitted estimator inside, as search.best_estimator_."
+        )
 
 
 def _score_blocks(
     estimator: FisherEstimator, train: ModelData, queries: ModelData
 ) -> Iterator[Scores]:
     """Yield the scores of one batch of training examples after another."""
-    for name, data in (("train", train), ("queries", queries)):
-        if not isinstance(data, ModelData):
-            raise IFVPUsageError(
-                f"{name} must be a ModelData(model, dataset); got {type(data).__name__}."
-            )
+    _check_estimator(estimator)
+    check_model_data(train, "train")
+    check_model_data(queries, "queries")
     ifvps: Any = torch.from_numpy(estimator.transform(queries)).to(estimator.device_)
     for rows in estimator.gradients(train):
         yield rows.project(ifvps, torch.float64).cpu().numpy()

@@ -157,21 +157,47 @@ class ParameterSpace:
 def _as_tensor(values: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Return values as a detached tensor, with the way back to numpy or to dtype and device."""
     if isinstance(values, np.ndarray):
-        if values.dtype.kind != "f":
-            raise _not_floating(what, values.dtype)
         dtype = values.dtype
+        if dtype.kind != "f":
+            raise _not_floating(what, dtype)
+        if dtype.itemsize > 8:
+            raise IFVPUsageError(f"{what} has dtype {dtype}, which torch lacks; use float64.")
         contiguous = np.ascontiguousarray(values, dtype=dtype.newbyteorder("="))
         if not contiguous.flags.writeable:
             contiguous = contiguous.copy()
-        return torch.from_numpy(contiguous), lambda out: out.cpu().numpy().astype(dtype, copy=False)
+        tensor = torch.from_numpy(contiguous)
+        back = _way_back(tensor, what)
+        return tensor, lambda out: back(out).numpy().astype(dtype, copy=False)
     if isinstance(values, Tensor):
         if not values.dtype.is_floating_point:
             raise _not_floating(what, values.dtype)
-        device, torch_dtype = values.device, values.dtype
-        return values.detach(), lambda out: out.to(device, torch_dtype)
+        if values.dtype.itemsize == 1:
+            raise IFVPUsageError(f"{what} has dtype {values.dtype}; use bfloat16 or wider.")
+        if values.layout != torch.strided or values.is_nested or values.is_meta:
+            raise IFVPUsageError(
+                f"{what} must be a dense tensor; got one of layout {values.layout} on "
+                f"{values.device}, which .to_dense() may convert."
+            )
+        return values.detach(), _way_back(values, what)
     raise IFVPUsageError(
         f"{what} must be a numpy array or torch tensor; got {type(values).__name__}."
     )
+
+
+def _way_back(tensor: Tensor, what: str) -> Callable[[Tensor], Tensor]:
+    """Return what takes a result to a tensor's dtype and device."""
+    device, dtype = tensor.device, tensor.dtype
+
+    def back(result: Tensor) -> Tensor:
+        result = result.to(device, dtype)
+        if dtype == torch.float16 and not result.isfinite().all():
+            raise IFVPUsageError(
+                f"the result exceeds the range of float16, the dtype of {what}; give it in a "
+                "wider one."
+            )
+        return result
+
+    return back
 
 
 def _not_floating(what: str, dtype: Any) -> IFVPUsageError:

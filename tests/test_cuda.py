@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fimkit import DataInf, Explicit, ModelData
+from fimkit import DataInf, Explicit, IFVPUsageError, ModelData
 from fimkit.influence import pairwise_scores
 from tests import reference
 from tests.cases import BY_NAME, N
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite(device):
     case = BY_NAME["mlp"]
     x, y = case.batch()
     x[7, 0] = torch.nan
-    with pytest.raises(ValueError, match="batch 1 gives NaN"):
+    with pytest.raises(ValueError, match="batch 1: NaN"):
         Explicit().fit(case.model().to(device), [(x[:6], y[:6]), (x[6:], y[6:])])
 
 
@@ -146,3 +146,10 @@ def test_datainf_equals_that_of_the_cpu(fisher, storage, device, tmp_path):
     assert np.allclose(fitted.mahalanobis(own), expected.mahalanobis(cpu), rtol=1e-9)
     scores = pairwise_scores(fitted, own, own)
     assert np.allclose(scores, pairwise_scores(expected, cpu, cpu), rtol=1e-8)
+
+
+def test_rows_in_a_folder_of_a_gpu_are_refused(device, tmp_path):
+    case = BY_NAME["mlp"]
+    with pytest.raises(IFVPUsageError, match=r"device is cuda:.*, but rows in a folder"):
+        DataInf(storage=tmp_path, device=device).fit(case.model(), case.batches(5))
+    assert list(tmp_path.iterdir()) == []

@@ -90,7 +90,7 @@ def test_loaders_bring_batch_size_and_collate_function(model):
     assert data.batch_size == 3
     assert [x[:, 0].tolist() for x, _ in data[:4].batches()] == [[1, 2, 3], [4]]
     assert data.targets.tolist() == Y.tolist()
-    own = ModelData(model, Texts(), batch_size=2, collate_fn=lengths)
+    own = ModelData(model, Texts(), batch_size=np.int64(2), collate_fn=lengths)
     assert [len(y) for _, y in own[5:].batches()] == [2, 2, 1]
 
 
@@ -127,6 +127,7 @@ MASK = np.arange(N) % 4 == 1
         ((MASK, ...), [1, 5, 9]),
         ((np.array([7, 2]), slice(None)), [7, 2]),
         ((..., slice(None)), list(range(N))),
+        ((), list(range(N))),
         (..., list(range(N))),
         ([], []),
         (np.array([], dtype=int), []),
@@ -181,10 +182,19 @@ class Stream(IterableDataset):
     [
         ((X, Y[:-1]), {}, r"arrays of lengths \[10, 9\]"),
         ((X, torch.tensor(1)), {}, r"arrays of lengths \[10, 0\]"),
-        (Stream(), {}, "must have a length and be indexable; got Stream"),
-        (DataLoader(Stream()), {}, "must have a length and be indexable; got Stream"),
-        (zip(X, Y, strict=True), {}, "must have a length and be indexable; got zip"),
-        (None, {}, "must have a length and be indexable; got NoneType"),
+        (Stream(), {}, "must have a length and be indexable by integers; got Stream"),
+        (DataLoader(Stream()), {}, "must have a length and be indexable by integers; got Stream"),
+        (zip(X, Y, strict=True), {}, "must have a length and be indexable by integers; got zip"),
+        (None, {}, "must have a length and be indexable by integers; got NoneType"),
+        ({"x": X, "labels": Y}, {}, "indexable by integers; got dict"),
+        ("train", {}, "indexable by integers; got str"),
+        (nn.Sequential(nn.Linear(3, 2)), {}, "indexable by integers; got Sequential"),
+        (TensorDataset, {}, "indexable by integers; got the class TensorDataset"),
+        ((X, Y.tolist()), {}, r"holds Tensor, list; give \(inputs, targets\) as tensors"),
+        ((X, None), {}, "holds Tensor, NoneType"),
+        ((X.numpy(), Y.numpy().astype(str)), {}, "array of dtype <U21; give.*LabelEncoder"),
+        ((X.numpy(), Y.numpy().astype(object)), {}, "array of dtype object; give.*LabelEncoder"),
+        (DataLoader([(X, Y)], batch_size=None), {}, r"batch_size=None.*fit\(model, dataloader\)"),
         ((X, Y), {"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
         ((X, Y), {"batch_size": 2.0}, "batch_size must be an integer of at least 1; got 2.0"),
         ((X, Y), {"batch_size": True}, "batch_size must be an integer"),
@@ -202,6 +212,29 @@ def test_errors(model, dataset, settings, message):
 def test_errors_of_the_model():
     with pytest.raises(IFVPUsageError, match=r"torch\.nn\.Module; got TensorDataset"):
         ModelData(TensorDataset(X, Y), nn.Linear(3, 2))
+    with pytest.raises(IFVPUsageError, match=r"torch\.nn\.Module; got the class Linear"):
+        ModelData(nn.Linear, (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([(X[0], torch.ones(2)), (X[1], torch.ones(3))], r"some have shape \(2,\), some \(3,\)"),
+        ([{"x": X[0], "target": 1}], r"no target: expected .*mapping with 'labels'; got dict"),
+        ([(X[0],)], r"an example has no target: .*got tuple"),
+        ([1, 2], r"an example has no target: .*got int"),
+        (X, r"an example has no target: .*got Tensor"),
+        ((X,), r"an example has no target: .*got tuple"),
+    ],
+)
+def test_errors_of_targets(model, dataset, message):
+    with pytest.raises(IFVPUsageError, match=message):
+        _ = ModelData(model, dataset).targets
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_targets(model, source):
+    assert ModelData(model, SOURCES[source]())[:0].targets.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -209,11 +242,20 @@ def test_errors_of_the_model():
     [
         (10, IndexError, r"length 10 with 10"),
         ([0, 11], IndexError, "length 10"),
-        ([True] * 9, IndexError, "length 10"),
+        ([0, -11], IndexError, "length 10.*index -11 is out of bounds"),
+        ([True] * 9, IndexError, "length 10.*boolean"),
+        (torch.ones(11, dtype=torch.bool), IndexError, "boolean axis is 11"),
         (1.5, IndexError, "length 10"),
+        ([0.0, 1.0], IndexError, r"length 10.*must be of integer \(or boolean\) type"),
+        (np.array([1.0]), IndexError, "length 10.*must be of integer"),
+        (torch.tensor(2.0), IndexError, "length 10.*must be of integer"),
+        (None, IndexError, "with None; give an integer, slice, mask or 1-D array"),
+        (True, IndexError, "with True; give an integer, slice, mask or 1-D array"),
+        ([[0, 1]], IndexError, r"with array\(\[\[0, 1\]\]\); give an integer, slice, mask or 1-D"),
         ("0", IndexError, "length 10"),
         ((slice(None), 2), IFVPUsageError, "sliced by examples only"),
         ((slice(None), [0, 1]), IFVPUsageError, "sliced by examples only"),
+        (([0], np.array([0, 1])), IFVPUsageError, "sliced by examples only"),
     ],
 )
 def test_errors_of_indexing(model, key, error, message):

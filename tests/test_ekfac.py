@@ -1092,7 +1092,7 @@ def test_failed_fit_leaves_the_estimator(method):
     assert dict(vars(fitted)) == before
     bad = case.batches(7, n=N)
     bad[1][0][0, 0] = torch.nan
-    with pytest.raises(ValueError, match="batch 1 gives NaN"):
+    with pytest.raises(ValueError, match="batch 1: NaN"):
         fitted.fit(case.model(), bad)
     assert dict(vars(fitted)) == before
 

@@ -1,16 +1,26 @@
 """Bad input is refused by name, and leaves estimator and model as they were."""
 
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
+from fimkit import (
+    EKFAC,
+    KFAC,
+    Diagonal,
+    Explicit,
+    IFVPUsageError,
+    ModelData,
+    SingularFisherError,
+)
 from tests.cases import Apply, mlp, points, split
 from tests.state import unchanged
 
@@ -96,7 +106,7 @@ FAILURES = {
     "a batch without examples": (
         {},
         lambda: (model(), [batch(), (torch.ones(0, 5).double(), torch.ones(0).long())]),
-        "batch 1 has no examples",
+        "batch 1: it has no examples",
     ),
     "a dataset": (
         {},
@@ -106,13 +116,34 @@ FAILURES = {
     "a single batch": ({}, lambda: (model(), batch()), r"single batch;.*such as \[\(x, y\)\]"),
     "a tensor": ({}, lambda: (model(), batch()[0]), "dataloader is a single batch"),
     "an array": ({}, lambda: (model(), batch()[0].numpy()), "dataloader is a single batch"),
-    "a string": ({}, lambda: (model(), "loader"), "dataloader is a str; give a DataLoader"),
+    "a string": ({}, lambda: (model(), "loader"), "dataloader is str; give a DataLoader"),
     "a mapping": (
         {},
         lambda: (model(), {"x": batch()[0], "labels": batch()[1]}),
-        "dataloader is a dict; give a DataLoader",
+        "dataloader is dict; give a DataLoader",
     ),
-    "a number": ({}, lambda: (model(), 3), "dataloader is a int"),
+    "a number": ({}, lambda: (model(), 3), "dataloader is int; give a DataLoader"),
+    "a generator function": (
+        {},
+        lambda: (model(), lambda: iter([batch()])),
+        "dataloader is function; give a DataLoader",
+    ),
+    "a class of loaders": ({}, lambda: (model(), DataLoader), "is the class DataLoader; give a"),
+    "numbers for batches": (
+        {},
+        lambda: (model(), [1, 2]),
+        r"batch 0: a batch must be a tuple or list \(\*inputs, targets\).*got int",
+    ),
+    "examples for batches": (
+        {},
+        lambda: (model(), TensorDataset(*batch())[0]),
+        "dataloader is a single batch",
+    ),
+    "a list of examples": (
+        {},
+        lambda: (model(), list(TensorDataset(*batch()))),
+        r"batch 0: .* outputs of shape \(3,\) and targets of shape \(\); expected outputs \(B, C",
+    ),
     # the model
     "arguments swapped": (
         {},
@@ -120,13 +151,18 @@ FAILURES = {
         r"model must be a torch\.nn\.Module.*got list \(the arguments look swapped\)",
     ),
     "no model": ({}, lambda: (None, [batch()]), "got NoneType"),
-    "a class": ({}, lambda: (nn.Linear, [batch()]), "got type"),
+    "a class": ({}, lambda: (nn.Linear, [batch()]), "got the class Linear"),
     "nothing trainable": (
         {},
         lambda: (frozen(), [batch()]),
         r"no trainable parameters \(6 in all, none with requires_grad\)",
     ),
     "no parameters": ({}, lambda: (nn.ReLU(), [batch()]), r"no trainable parameters \(0 in all"),
+    "data twice": (
+        {},
+        lambda: (ModelData(model(), batch()), DataLoader(TensorDataset(*batch()))),
+        "a ModelData brings its own data, and a DataLoader was given beside it",
+    ),
     "batch norm without statistics": (
         {},
         lambda: (with_layer(nn.BatchNorm1d(4, track_running_stats=False)), [batch()]),
@@ -153,18 +189,33 @@ FAILURES = {
         lambda: (model(), [batch()]),
         "parameters is empty; give at least one name",
     ),
+    "numbers for names": (
+        {"parameters": [3]},
+        lambda: (model(), [batch()]),
+        "parameters holds a int; expected names of parameters",
+    ),
+    "parameters for names": (
+        {"parameters": list(mlp().parameters())},
+        lambda: (model(), [batch()]),
+        "parameters holds a Parameter; expected names of parameters, as model.named_parameters",
+    ),
+    "a number for names": (
+        {"parameters": 3},
+        lambda: (model(), [batch()]),
+        "'parameters' parameter of Explicit must be.*3",
+    ),
     # numbers
-    "NaN inputs": ({}, lambda: (model(), spoiled(torch.nan)), "batch 2 gives NaN or infinite"),
-    "infinite inputs": ({}, lambda: (model(), spoiled(torch.inf, 0)), "batch 0 gives NaN or inf"),
+    "NaN inputs": ({}, lambda: (model(), spoiled(torch.nan)), "batch 2: NaN or infinite"),
+    "infinite inputs": ({}, lambda: (model(), spoiled(torch.inf, 0)), "batch 0: NaN or inf"),
     "an infinite loss": (
         {"loss": infinite_loss},
         lambda: (model(), [batch()]),
-        "batch 0 gives NaN or infinite losses or gradients",
+        "batch 0: NaN or infinite losses or gradients",
     ),
     "NaN weights": (
         {},
         lambda: (of_outputs(lambda out: out * torch.nan), [batch()]),
-        "batch 0 gives NaN or infinite losses or gradients",
+        "batch 0: NaN or infinite losses or gradients",
     ),
     # losses
     "an unknown loss": (
@@ -287,6 +338,49 @@ FAILURES = {
         lambda: (model(), [batch()]),
         "'dtype' parameter of Explicit must be",
     ),
+    **{
+        f"dtype {dtype}": (
+            {"dtype": dtype},
+            lambda: (model(), [batch()]),
+            f"'dtype' parameter of Explicit must be a torch.dtype among .*{dtype}",
+        )
+        for dtype in (torch.int64, torch.float16, torch.bfloat16, torch.complex64)
+    },
+    "an unknown device": (
+        {"device": "nonsense"},
+        lambda: (model(), [batch()]),
+        "device='nonsense' cannot be used here: .*Give a device of this machine, such as 'cpu'",
+    ),
+    "a device that is not there": (
+        {"device": torch.device("cuda", 99)},
+        lambda: (model(), [batch()]),
+        "device='cuda:99' cannot be used here: .*Give a device of this machine",
+    ),
+    "a device without numbers": (
+        {"device": "meta"},
+        lambda: (model(), [batch()]),
+        "device='meta' holds no numbers",
+    ),
+    "a number for a device": (
+        {"device": 0},
+        lambda: (model(), [batch()]),
+        "'device' parameter of Explicit must be.*0",
+    ),
+    "a name for λ": (
+        {"regularization": ["a"]},
+        lambda: (model(), [batch()]),
+        r"regularization\[0\] is 'a'; expected a number",
+    ),
+    "True for λ": (
+        {"regularization": True},
+        lambda: (model(), [batch()]),
+        "regularization=True; expected 'auto', a number",
+    ),
+    "too many λ": (
+        {"regularization": [1.0, 1.0]},
+        lambda: (model(), [batch()]),
+        r"regularization has 2 values; expected one number, or one per block: 1 \(all\)",
+    ),
     "unknown blocks": (
         {"blocks": "layers"},
         lambda: (model(), [batch()]),
@@ -331,6 +425,127 @@ def test_a_first_fit_that_fails_leaves_nothing(name):
     assert set(vars(estimator)) == set(estimator.get_params())
     with pytest.raises(NotFittedError):
         estimator.transform(torch.ones(79))
+
+
+class Failure:
+    """Raises an error at one place, from the batch of a given number on.
+
+    Parameters
+    ----------
+    place : {"data", "forward", "loss", "backward"}
+    number : int
+        Of the batch, counted over all passes.
+    error : Exception
+    """
+
+    def __init__(self, place, number, error):
+        self.place, self.number, self.error = place, number, error
+        self.batches = 0
+
+    def at(self, place):
+        if place == self.place and self.batches > self.number:
+            raise self.error
+
+    def __iter__(self):
+        """Yield three batches of two, as often as asked."""
+        for part in split(batch(), N, 2):
+            self.batches += 1
+            self.at("data")
+            yield part
+
+    def model(self):
+        class Backward(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, signal):
+                self.at("backward")
+                return signal
+
+        def forward(module, x):
+            self.at("forward")
+            return Backward.apply(module.inner(x))
+
+        return Apply(forward, inner=model()).train()
+
+    def loss(self, model, batch):
+        self.at("loss")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["data", "forward", "loss", "backward"])
+@pytest.mark.parametrize(
+    ("estimator", "number"),
+    [
+        *product([Explicit(1e-3), KFAC(1e-3), Diagonal(1e-3)], range(3)),
+        *product([EKFAC(1e-3, cache_budget=0)], range(6)),
+    ],
+)
+def test_a_fit_that_stops_in_the_middle_leaves_no_trace(estimator, place, number, error):
+    """In the first batch, a later one, or those of the second pass; also when interrupted."""
+    failure = Failure(place, number, error("halt"))
+    network = failure.model()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    estimator = clone(estimator).set_params(loss=Failure(None, 0, None).loss)
+    estimator.fit(model(), split(batch(), N, 2))
+    vectors = torch.randn(3, estimator.n_features_in_, dtype=torch.float64)
+    before = estimator.transform(vectors)
+    estimator.set_params(loss=failure.loss)
+    state = {key: id(value) for key, value in vars(estimator).items()}
+    with unchanged(network), pytest.raises(error, match="halt") as caught:
+        estimator.fit(network, failure)
+    assert failure.batches == number + 1, "it stopped where it was meant to"
+    if place != "data" and error is RuntimeError:
+        assert caught.value.__notes__[-1] == f"in batch {number % 3} of the data"
+    assert {key: id(value) for key, value in vars(estimator).items()} == state
+    assert torch.equal(estimator.transform(vectors), before)
+    first = clone(estimator)
+    with unchanged(network), pytest.raises(error, match="halt"):
+        first.fit(network, Failure("data", 1, error("halt")))
+    assert set(vars(first)) == set(first.get_params())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "loss", "backward"])
+@pytest.mark.parametrize("method", ["transform", "mahalanobis", "score"])
+def test_gradients_that_stop_in_the_middle_leave_no_trace(method, place, error):
+    failure = Failure(place, 3, error("halt"))
+    network = failure.model()
+    estimator = Explicit(1e-3, loss=failure.loss).fit(network, failure)
+    vectors = torch.randn(3, estimator.n_features_in_, dtype=torch.float64)
+    before = estimator.transform(vectors)
+    failure.batches = 4
+    with unchanged(network), pytest.raises(error, match="halt"):
+        getattr(estimator, method)(ModelData(network, batch(), batch_size=2))
+    assert torch.equal(estimator.transform(vectors), before)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LazyLinear(3), nn.Linear(4, 3, device="meta")], ids=["lazy", "meta"]
+)
+def test_models_without_numbers(layer):
+    message = r"parameter '1\.weight' holds no numbers yet; load the model's weights, or run a lazy"
+    with pytest.raises(IFVPUsageError, match=message):
+        Explicit().fit(nn.Sequential(nn.Linear(5, 4), layer), [batch()])
+
+
+def test_what_fit_transform_refuses():
+    """Before the fit: a model with a loader would be fitted, and then be no vectors."""
+    estimator = Explicit()
+    with pytest.raises(IFVPUsageError, match=r"data must be a ModelData.*got Sequential"):
+        estimator.fit_transform(model(), [batch()])
+    assert not hasattr(estimator, "fisher_")
+
+
+@pytest.mark.parametrize("data", [[batch()], model(), None])
+def test_what_gradients_refuses(data):
+    estimator = Explicit().fit(model(), [batch()])
+    with pytest.raises(IFVPUsageError, match=r"data must be a ModelData.*got"):
+        next(estimator.gradients(data))
 
 
 def test_batches_are_named_by_position():

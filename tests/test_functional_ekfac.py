@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fimkit import EKFAC, IFVPUsageError, SingularFisherError
 from fimkit.functional import EKFAC_CACHE_KEY, MLPCache, ifvp_at_x_ekfac, manual_cache_forward
 from tests import reference
+from tests.state import unchanged
 
 N, T, CLASSES = 7, 4, 3
 DAMPING = 1e-3
@@ -268,6 +271,72 @@ def test_a_mask_matters_and_one_of_ones_does_not():
         assert agree(ifvp(v), whole, v)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+def test_masks_of_any_dtype(dtype):
+    net, v = Net(), vectors()
+    inner = func_of(net)
+
+    def func(*arguments):
+        losses, mask = inner(*arguments)
+        return losses, mask.to(dtype)
+
+    ifvp = ifvp_at_x_ekfac(
+        func,
+        dict(net.named_parameters()),
+        *data(),
+        in_dims=(None, 0, 0, 0),
+        batch_size=3,
+        mlp_cache=net.caches,
+        damping=DAMPING,
+    )
+    assert agree(ifvp(v), expected_matrices(), v)
+
+
+def pooled_matrix(x, y, kept):
+    """Return the EK-FAC matrix of one linear map at every position, losses of pooled scores."""
+    weight, examples = randn(CLASSES, 4, seed=6), []
+    for i in range(len(x)):
+        offset = torch.zeros(*x.shape[1:-1], CLASSES, dtype=torch.float64, requires_grad=True)
+        scores = (x[i] @ weight.T + offset).tanh().flatten(0, -2).sum(0)
+        (s,) = torch.autograd.grad(cross_entropy(scores, y[i]), offset)
+        examples.append((x[i].flatten(0, -2), s.flatten(0, -2), kept[i].flatten()))
+    return dense_ekfac(examples)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 9])
+def test_a_mask_may_leave_out_whole_batches(batch_size):
+    """Their examples count in the means of S and Λ, and in Λ with their whole gradients."""
+    layer, cache = single()
+    x, y = randn(9, T, 4), torch.arange(9) % CLASSES
+    kept = (torch.arange(9)[:, None] + torch.arange(T)) % 3 > 0
+    kept[3:6] = False
+
+    def func(x, y, mask):
+        return cross_entropy(layer(x).tanh().sum(1), y, reduction="none"), mask
+
+    ifvp = ifvp_at_x_ekfac(
+        func, x, y, kept, batch_size=batch_size, mlp_cache=cache, damping=DAMPING
+    )
+    v = randn(2, CLASSES, 4)
+    assert close(ifvp([v])[0], solved(pooled_matrix(x, y, kept), DAMPING, v))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+@pytest.mark.parametrize("lead", [(), (T,), (2, 3)])
+def test_positions_in_any_dimensions(lead, batch_size):
+    layer, cache = single()
+    x, y = randn(7, *lead, 4), torch.arange(7) % CLASSES
+
+    def func(x, y):
+        scores = layer(x).tanh()
+        return cross_entropy(scores.view(len(x), -1, CLASSES).sum(1), y, reduction="none")
+
+    ifvp = ifvp_at_x_ekfac(func, x, y, batch_size=batch_size, mlp_cache=cache, damping=DAMPING)
+    v = randn(2, CLASSES, 4)
+    matrix = pooled_matrix(x if lead else x[:, None], y, torch.ones(7, *(lead or (1,))).bool())
+    assert close(ifvp([v])[0], solved(matrix, DAMPING, v))
+
+
 def test_max_iter_counts_batches():
     v = vectors()
     assert agree(fitted(batch_size=3, max_iter=2)(v), expected_matrices(6), v)
@@ -371,6 +440,50 @@ def test_equals_the_estimator():
     assert reference.error(torch.cat(flat, 1), expected) <= 1e-9
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, N])
+def test_equals_the_estimator_with_attention_and_padding(batch_size):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = nn.Linear(6, 18), nn.Linear(6, CLASSES)
+
+        @manual_cache_forward
+        def forward(self, x):
+            hidden = self.into(x)
+            record(self, ones_appended(x), hidden)
+            mixed = nn.functional.scaled_dot_product_attention(*hidden.chunk(3, -1), is_causal=True)
+            scores = self.out(mixed)
+            record(self, ones_appended(mixed), scores)
+            return scores
+
+    torch.manual_seed(0)
+    model, cache = Attention().double(), MLPCache()
+    x, y = randn(N, T, 6), (torch.arange(N)[:, None] + torch.arange(T)) % CLASSES
+    kept = torch.arange(T) <= torch.arange(N)[:, None] % T
+
+    def losses(x, y, kept):
+        tokens = cross_entropy(model(x).movedim(-1, 1), y, reduction="none")
+        return (tokens * kept).sum(1), kept
+
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    v = randn(2, sum(sizes))
+    expected = EKFAC(DAMPING, loss=lambda _, batch: losses(*batch))
+    expected = expected.fit(model, [(x, y, kept)]).transform(v)
+    setattr(model, EKFAC_CACHE_KEY, cache)
+    ifvp = ifvp_at_x_ekfac(
+        losses, x, y, kept, batch_size=batch_size, mlp_cache=cache, damping=DAMPING
+    )
+    pieces = v.split(sizes, 1)
+    found = ifvp(
+        [
+            torch.cat([weight.view(2, out, -1), bias[..., None]], 2)
+            for weight, bias, out in zip(pieces[::2], pieces[1::2], (18, CLASSES), strict=True)
+        ]
+    )
+    flat = [part.flatten(1) for layer in found for part in (layer[..., :-1], layer[..., -1])]
+    assert reference.error(torch.cat(flat, 1), expected) <= 1e-9
+
+
 def test_a_single_cache_nests_either_way():
     layer, cache = single()
     ifvp = ifvp_at_x_ekfac(
@@ -443,8 +556,8 @@ def test_one_backward_pass_per_batch_and_nothing_left_behind():
         batch_size=3,
         mlp_cache=net.caches,
     )
-    assert calls == [3, 3, 1] * 2
-    assert Counted.backwards == 6
+    assert calls == [3, 1, 3, 1, 3, 3, 1]  # the second one is that of a check
+    assert Counted.backwards == 6 + 1  # that of the check
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(cache.input_hidden_pairs == [] for cache in net.caches)
@@ -499,11 +612,23 @@ def test_a_module_that_runs_twice_has_two_positions():
     assert close(ifvp([v])[0], solved(dense_ekfac(examples), DAMPING, v))
 
 
-def test_random_numbers_are_drawn_alike_in_both_passes():
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda h: nn.functional.dropout(h, 0.5),
+        lambda h: h + torch.randn_like(h),
+        lambda h: h + torch.from_numpy(np.random.standard_normal(h.shape)),  # noqa: NPY002
+        lambda h: h * random.random(),
+    ],
+    ids=["dropout", "torch", "numpy", "python"],
+)
+def test_random_numbers_are_drawn_alike_in_both_passes(noise):
+    """And all random states are left as they were."""
+
     def forward(self, x):
         hidden = linear(x, self.weight)
         record(self, x, hidden)
-        return nn.functional.dropout(hidden, 0.5)
+        return noise(hidden)
 
     layer, cache = single(forward=forward)
     batches = []
@@ -513,7 +638,8 @@ def test_random_numbers_are_drawn_alike_in_both_passes():
         batches.append(losses.detach())
         return losses
 
-    ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache)
+    with unchanged(layer):
+        ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache)
     assert len(batches) == 8
     for first, second in zip(batches[:4], batches[4:], strict=True):
         assert torch.equal(first, second)
@@ -525,10 +651,30 @@ def test_another_second_pass_is_refused():
 
     def func(x, y):
         calls.append(x)
-        return inner(x, y) * (1 + (len(calls) == 6))
+        return inner(x, y) * (1 + (len(calls) == 7))
 
     with pytest.raises(IFVPUsageError, match="other losses for batch 1"):
         ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache)
+
+
+def test_what_func_does_to_its_data_in_place_is_done_to_copies():
+    layer, cache = single()
+    x, y = single_data()
+    ifvp = ifvp_at_x_ekfac(
+        lambda x, y: single_func(layer)(x.mul_(2), y),
+        x / 2,
+        y,
+        batch_size=6,
+        mlp_cache=cache,
+        damping=DAMPING,
+    )
+    v = randn(CLASSES, 4)
+    assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+    given = x.clone()
+    ifvp_at_x_ekfac(
+        lambda x, y: single_func(layer)(x.mul_(2), y), x, y, batch_size=6, mlp_cache=cache
+    )
+    assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -572,6 +718,7 @@ def test_checkpointed_forwards_count_once():
 
     ifvp = ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache, damping=DAMPING)
     assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+    assert cache.input_hidden_pairs == []  # although it ran again in the backward passes
 
 
 def test_no_damping():
@@ -593,6 +740,18 @@ def test_no_damping():
     few = ifvp_at_x_ekfac(func, x[:2], y[:2], mlp_cache=cache)
     with pytest.raises(SingularFisherError, match="layer 0 of cache 0, with damping=0"):
         few([v])
+
+
+def test_overflow_is_refused():
+    layer, cache = single(torch.float32)
+    x, y = single_data(dtype=torch.float32)
+    inner = single_func(layer)
+    with pytest.raises(IFVPUsageError, match=r"eigenvalues of layer 0 of cache 0 are not finite"):
+        ifvp_at_x_ekfac(lambda x, y: 1e12 * inner(x, y), 1e12 * x, y, batch_size=6, mlp_cache=cache)
+    ifvp = ifvp_at_x_ekfac(inner, x, y, batch_size=6, mlp_cache=cache, damping=1e-6)
+    assert ifvp([randn(CLASSES, 4)])[0].isfinite().all()
+    with pytest.raises(SingularFisherError, match=r"layer 0 .*overflows torch\.float16"):
+        ifvp([torch.ones(CLASSES, 4, dtype=torch.float16)])
 
 
 @pytest.mark.parametrize(
@@ -659,6 +818,157 @@ def test_outputs_that_cannot_be_used(returned, message):
     with pytest.raises(IFVPUsageError, match=message):
         ifvp_at_x_ekfac(func, *single_data(6), batch_size=6, mlp_cache=cache)
     assert cache.input_hidden_pairs == []
+
+
+# Losses that depend on other examples, and where examples are not.
+
+
+def batch_normalised(hidden):
+    return nn.functional.batch_norm(hidden, None, None, training=True)
+
+
+def centred_in_pairs(hidden):
+    """Examples depend on their neighbours only."""
+    pairs = hidden[: len(hidden) // 2 * 2].unflatten(0, (-1, 2))
+    return torch.cat([(pairs - 0.1 * pairs.flip(1)).flatten(0, 1), hidden[len(pairs) * 2 :]])
+
+
+DEPENDENT = {
+    "batch statistics": lambda h, y: cross_entropy(batch_normalised(h), y, reduction="none"),
+    "a mean over the batch": lambda h, y: cross_entropy(h, y).expand(len(y)),
+    "less the mean": lambda h, y: (
+        (losses := cross_entropy(h, y, reduction="none")) - 0.5 * losses.mean()
+    ),
+    "contrast": lambda h, y: cross_entropy(h @ h.T, torch.arange(len(y)), reduction="none"),
+    "neighbours": lambda h, y: cross_entropy(centred_in_pairs(h), y, reduction="none"),
+    "softmax over the batch": lambda h, y: -h.log_softmax(0)[:, 0],
+    "in another order": lambda h, y: cross_entropy(h, y, reduction="none").flip(0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [2, 3, 20])
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_losses_that_depend_on_other_examples_are_refused(name, batch_size, dtype):
+    layer, cache = single(dtype)
+    message = r"hidden vectors of layer 0 of cache 0.*do not follow the losses.*batch_size=1"
+    with pytest.raises(IFVPUsageError, match=message):
+        ifvp_at_x_ekfac(
+            lambda x, y: DEPENDENT[name](layer(x), y),
+            *single_data(dtype=dtype),
+            batch_size=batch_size,
+            mlp_cache=cache,
+        )
+    assert cache.input_hidden_pairs == []
+
+
+@pytest.mark.parametrize("name", ["a mean over the batch", "in another order"])
+def test_lone_examples_depend_on_none(name):
+    layer, cache = single()
+    ifvp = ifvp_at_x_ekfac(
+        lambda x, y: DEPENDENT[name](layer(x), y),
+        *single_data(),
+        mlp_cache=cache,
+        damping=DAMPING,
+    )
+    v = randn(CLASSES, 4)
+    assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+
+
+@pytest.mark.parametrize("divisor", ["examples", "tokens"])
+def test_losses_divided_by_something_of_the_batch_are_refused(divisor):
+    """Which gradients alone do not show."""
+    net = Net()
+    inner = func_of(net)
+
+    def func(values, x, y, mask):
+        losses, mask = inner(values, x, y, mask)
+        return losses / (len(x) if divisor == "examples" else mask.sum()), mask
+
+    def fit(batch_size):
+        return ifvp_at_x_ekfac(
+            func,
+            dict(net.named_parameters()),
+            *data(),
+            in_dims=(None, 0, 0, 0),
+            batch_size=batch_size,
+            mlp_cache=net.caches,
+            damping=DAMPING,
+        )
+
+    with pytest.raises(IFVPUsageError, match=r"has loss .* by itself, .* in a batch of 3"):
+        fit(3)
+    assert all(cache.input_hidden_pairs == [] for cache in net.caches)
+    fit(1)
+
+
+def test_losses_that_cannot_be_computed_alone():
+    """Are not asked for: a func may be written for one size of batch."""
+    layer, cache = single()
+    inner = single_func(layer)
+
+    def func(x, y):
+        return inner(x.view(5, 4), y)
+
+    ifvp = ifvp_at_x_ekfac(func, *single_data(), batch_size=5, mlp_cache=cache, damping=DAMPING)
+    v = randn(CLASSES, 4)
+    assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+@pytest.mark.parametrize("n", [2, 4])
+def test_time_first_is_refused(n, last_only):
+    """Also where there are as many positions as examples, so that no shape tells."""
+
+    def forward(self, x):
+        x = x.movedim(0, 1)
+        hidden = linear(x, self.weight)
+        record(self, x, hidden)
+        return (hidden[-1:] if last_only else hidden).movedim(0, 1)
+
+    layer, cache = single(forward=forward)
+    with pytest.raises(IFVPUsageError, match=r"time first.*with the examples first"):
+        ifvp_at_x_ekfac(
+            lambda x, y: cross_entropy(layer(x).sum(1), y, reduction="none"),
+            randn(n, n, 4),
+            torch.arange(n) % CLASSES,
+            batch_size=n,
+            mlp_cache=cache,
+        )
+
+
+def test_dependence_in_a_later_batch_of_another_length_is_refused():
+    """What is recorded there has not been checked yet."""
+    layer, cache = single()
+
+    def func(x, y, lengths):
+        scores = layer(x[:, : lengths.max()])
+        if scores.shape[1] < T:
+            scores = scores - scores.mean(0)
+        return cross_entropy(scores.sum(1), y, reduction="none")
+
+    x, y, lengths = randn(8, T, 4), torch.arange(8) % CLASSES, torch.tensor([T] * 6 + [2] * 2)
+    with pytest.raises(IFVPUsageError, match=r"shape \(2, 2, 3\), do not follow the losses"):
+        ifvp_at_x_ekfac(func, x, y, lengths, batch_size=2, mlp_cache=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_errors_are_no_dependence(dtype):
+    """Of a deep model whose first layers have gradients that are only rounding errors."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(12)))
+    deep = deep.to(dtype)
+    layer, cache = single(dtype)
+    shift = nn.Linear(4, 1, bias=False, dtype=dtype)
+    other = register(shift, plain_forward)
+    x, y = single_data(dtype=dtype)
+
+    def func(x, y):
+        scores = deep(pad(layer(x), (0, 16 - CLASSES)))
+        return cross_entropy(scores + shift(x), y, reduction="none")  # softmax ignores a shift
+
+    ifvp = ifvp_at_x_ekfac(func, x, y, batch_size=8, mlp_cache=[cache, other], damping=0.1)
+    assert ifvp([[randn(CLASSES, 4)], [randn(1, 4)]])[0][0].isfinite().all()
 
 
 def test_a_mask_of_zeros_is_refused():
@@ -755,7 +1065,7 @@ def test_layers_that_change_between_batches_are_refused():
     def forward(self, x):
         hidden = linear(x, self.weight)
         record(self, x, hidden)
-        if len(x) < 6:
+        if 1 < len(x) < 6:
             more = extra(x)
             record(self, x, more)
             hidden = hidden + more

@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 
 from fimkit import Explicit, IFVPUsageError, ModelData
 from fimkit.influence import pairwise_scores, self_influence, top_k
@@ -144,6 +148,31 @@ def test_errors_of_data():
         pairwise_scores(fitted, case.batches(5), data)
     with pytest.raises(IFVPUsageError, match=r"queries must be a ModelData.*got Tensor"):
         pairwise_scores(fitted, data, case.gradients)
+    with pytest.raises(IFVPUsageError, match=r"data must be a ModelData.*got Tensor"):
+        self_influence(fitted, case.gradients)
+    for train, queries, name in ((None, data, "train"), (data, None, "queries")):
+        with pytest.raises(IFVPUsageError, match=f"{name} must be a ModelData.*got NoneType"):
+            top_k(fitted, train, queries, 1)
     other = ModelData(mlp(False).double(), case.batch())
     with pytest.raises(IFVPUsageError, match="other trainable parameters than the one fitted"):
         pairwise_scores(fitted, other, data)
+
+
+def test_estimators_in_other_hands():
+    """A frozen estimator stands in for the one inside; a pipeline or a search does not."""
+    case = BY_NAME["mlp"]
+    data = ModelData(case.model(), case.batch())
+    fitted = Explicit(REGULARIZATION).fit(data)
+    frozen = FrozenEstimator(fitted)
+    assert np.array_equal(pairwise_scores(frozen, data, data), pairwise_scores(fitted, data, data))
+    assert np.array_equal(self_influence(frozen, data), self_influence(fitted, data))
+    search = GridSearchCV(Explicit(), {"regularization": [1.0]}, cv=2).fit(data)
+    for other in (search, make_pipeline(fitted), None):
+        for score in (lambda e: pairwise_scores(e, data, data), lambda e: self_influence(e, data)):
+            with pytest.raises(
+                IFVPUsageError, match=r"of fimkit; got .*as search\.best_estimator_"
+            ):
+                score(other)
+    pairwise_scores(search.best_estimator_, data, data)
+    with pytest.raises(NotFittedError):
+        pairwise_scores(Explicit(), data, data)

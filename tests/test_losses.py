@@ -55,7 +55,7 @@ class Shaped(nn.Module):
         ((3, 2, 4), (2, 4), reference.negative_log_likelihood_of_maps),
         ((2, 4, 3), (2, 4), reference.negative_log_likelihood),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 def test_cross_entropy(outputs, targets, example_loss, dtype):
@@ -412,7 +412,7 @@ class TestKinds:
                 "with pos_weight is not",
             ),
         ],
-        ids=str,
+        ids=["mse", "callable", "HuberLoss", "label smoothing", "pos_weight"],
     )
     def test_what_is_no_likelihood_is_refused(self, model, settings, message):
         batch = randn(N, 5), randn(N, 3)

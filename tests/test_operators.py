@@ -94,6 +94,14 @@ def test_gram_of_columns_without_rows():
     expected = reference.ifvp(rows, vectors, 0.5)
     assert error(operator.solve(vectors, 0.5), expected) <= 1e-12
     assert error(operator.matmul(vectors, 0.5), vectors @ reference.damped(rows, 0.5)) <= 1e-12
+    assert error(operator.matmul(vectors), vectors @ reference.fisher(rows)) <= 1e-12
+    quadratics = (vectors * expected).sum(1)
+    assert error(operator.inverse_quadratic(vectors, 0.5), quadratics) <= 1e-12
+    assert error(operator.spectrum().quadratics(vectors, [0.5])[0], quadratics) <= 1e-12
+    assert error(operator.to_dense(), reference.fisher(rows)) <= 1e-12
+    assert error(operator.diagonal(), reference.fisher(rows).diagonal()) <= 1e-12
+    logdet = float(torch.linalg.slogdet(reference.damped(rows, 0.5))[1])
+    assert abs(operator.logdet(0.5) - logdet) <= 1e-12
 
 
 class TestGramOfManyRows(OperatorSuite):

@@ -83,7 +83,11 @@ def test_it_is_not_added_up():
     assert torch.equal(fitted.fisher_.to_dense(), matrix)
 
 
-@pytest.mark.parametrize("value", [1, np.float32(1), np.float64(1), np.int64(1)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [1, np.float32(1), np.float64(1), np.int64(1), np.array(1.0), torch.tensor(1.0)],
+    ids=repr,
+)
 def test_kinds_of_numbers(value):
     fitted = fit(regularization=value)
     assert fitted.regularization_ == 1.0
@@ -211,6 +215,12 @@ def test_blocks_that_cut_a_layer_in_two():
     ("blocks", "message"),
     [
         ({"a": ["0.*"], "b": ["2.*"]}, r"'4\.weight', '4\.bias' belong to no block"),
+        ({}, r"'0\.weight', .*'4\.bias' belong to no block"),
+        ({"a": "*", "b": "*"}, r"'0\.weight' is in both 'a' and 'b'"),
+        ({"a": 3}, r"blocks\['a'\] is 3; expected names of parameters"),
+        ({"a": ["*", 3]}, r"blocks\['a'\] holds a int; expected names of parameters"),
+        ({"a": "*", "b": []}, r"blocks\['b'\] is empty; give at least one name"),
+        ({0: "*"}, "blocks has the key 0; the name of a block is a string"),
         ({"a": ["*"], "b": ["2.bias"]}, r"'2\.bias' is in both 'a' and 'b'"),
         ({"a": ["*"], "b": ["nothing.*"]}, r"blocks\['b'\]: 'nothing\.\*' matches none of"),
     ],
@@ -232,8 +242,26 @@ def test_errors_of_blocks(blocks, message):
         ("all", "automatic", "regularization='automatic'; expected 'auto'"),
         ("all", None, "regularization=None; expected 'auto', a number"),
         ("all", True, "regularization=True; expected 'auto', a number"),
+        ("all", np.True_, r"regularization=np\.True_; expected 'auto', a number"),
+        ("all", 1j, "regularization=1j; expected 'auto', a number"),
+        ("all", b"auto", "regularization=b'auto'; expected 'auto', a number"),
+        ("all", {1.0}, r"regularization=\{1\.0\}; expected 'auto', a number"),
+        ("all", np.array("auto"), "expected 'auto', a number"),
+        ("all", np.array(True), r"regularization=array\(True\); expected 'auto', a number"),
+        ("all", torch.tensor(torch.nan), "nan; expected a finite number"),
+        ("all", ["auto"], r"regularization\[0\] is 'auto'; expected a number"),
+        ("all", [True], r"regularization\[0\] is True; expected a number"),
+        ("all", [None], r"regularization\[0\] is None; expected a number"),
+        ("all", [[1e-3]], r"regularization\[0\] is \[0\.001\]; expected a number"),
+        ("all", np.ones((1, 1)), r"regularization\[0\] is array\(\[1\.\]\); expected a number"),
+        ("all", [torch.nan], r"regularization\[0\] is nan; expected a finite number"),
+        ("all", [], "0 values; expected one number, or one per block"),
+        ("all", {}, r"keys \[\]; expected one per block: \['all'\]"),
+        ("all", {0: 1.0}, r"keys \[0\]; expected one per block: \['all'\]"),
+        ("all", {"all": "1"}, "regularization of block 'all' is '1'; expected a number"),
         ("layer", [1e-3, 1e-3], r"2 values; expected one number, or one per block: 3 \(0, 2, 4\)"),
-        ("layer", [1e-3, -1, 1e-3], "block '2' is -1.0; expected a finite number"),
+        ("layer", [1e-3, -1, 1e-3], r"regularization\[1\] is -1\.0; expected a finite number"),
+        ("layer", {"0": 1.0, "2": -1, "4": 1}, "block '2' is -1.0; expected a finite number"),
         ("layer", {"0": 1.0, "2": 1.0}, r"keys \['0', '2'\]; expected one per block: \['0', '2',"),
         ("layer", {"0": 1.0, "2": 1.0, "head": 1.0}, r"keys \['0', '2', 'head'\]"),
     ],

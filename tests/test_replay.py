@@ -12,17 +12,17 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     TensorDataset,
 )
 
 from fimkit import IFVPUsageError, ModelData
 from fimkit.estimators.ekfac import EKFAC, KFAC
 from fimkit.operators import memory
-from fimkit.statistics import kronecker as statistics
 from tests import kronecker_reference as kronecker
 from tests import reference
 from tests.cases import BY_NAME, Apply, N, split
-from tests.state import unchanged
+from tests.state import differences, of_torch, unchanged
 from tests.test_ekfac import SITUATIONS, Recording, blocks_of, difference
 
 CASE = SITUATIONS["linear"]
@@ -90,7 +90,7 @@ def test_chunks_do_not_matter(name, fisher, method, chunk, monkeypatch):
     case = SITUATIONS[name]
     expected = method(fisher=fisher).fit(case.model(), case.batches(7))
     monkeypatch.setattr(memory, "BUDGET", chunk)
-    monkeypatch.setattr(statistics, "_SQUARES_BUDGET", chunk)
+    monkeypatch.setattr(memory, "WORKING_SET", chunk)
     assert same(method(fisher=fisher).fit(case.model(), case.batches(7)), expected, 1e-9)
 
 
@@ -155,8 +155,10 @@ def test_data_that_come_once():
         message = f"cache_budget={budget} bytes.*iterator.*DataLoader or a list"
         with pytest.raises(IFVPUsageError, match=message):
             EKFAC(cache_budget=budget).fit(CASE.model(), iter(CASE.batches(5)))
-    with pytest.raises(IFVPUsageError, match="there are 0 batches instead of 3"):
-        EKFAC(cache_budget=0).fit(CASE.model(), Once(CASE.batches(5)))
+    for budget, kept in ((0, 0), (2000, 1)):
+        message = f"there are fewer batches: {kept} at most, instead of 3"
+        with pytest.raises(IFVPUsageError, match=message):
+            EKFAC(cache_budget=budget).fit(CASE.model(), Once(CASE.batches(5)))
     KFAC().fit(CASE.model(), iter(CASE.batches(5)))  # one pass is enough
 
 
@@ -203,6 +205,7 @@ class Noisy(Dataset):
     def __init__(self, draw):
         self.x, self.y = CASE.batch()
         self.draw = draw
+        self.generator = getattr(draw, "generator", None)
 
     def __len__(self):
         return N
@@ -225,6 +228,16 @@ def torch_noise(shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
+class SeededNoise:
+    """Noise of a torch generator."""
+
+    def __init__(self):
+        self.generator = seeded()
+
+    def __call__(self, shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
 def collated(examples):
     x, y = torch.utils.data.default_collate(examples)
     return x + 0.5 * torch.rand(len(x), 1, dtype=torch.float64), y
@@ -243,6 +256,14 @@ LOADERS = {
     "a batch sampler's generator": lambda: DataLoader(
         PLAIN, batch_sampler=BatchSampler(RandomSampler(PLAIN, generator=seeded()), 5, False)
     ),
+    "a generator inside a sampler of batches": lambda: DataLoader(
+        PLAIN,
+        batch_size=None,
+        sampler=BatchSampler(RandomSampler(PLAIN, generator=seeded()), 5, False),
+    ),
+    "shuffled, with persistent workers": lambda: DataLoader(
+        PLAIN, 5, shuffle=True, num_workers=2, persistent_workers=True
+    ),
     "with replacement": lambda: DataLoader(
         PLAIN, 5, sampler=RandomSampler(PLAIN, replacement=True, num_samples=N)
     ),
@@ -253,7 +274,9 @@ LOADERS = {
     "noise in a worker": lambda: DataLoader(
         Noisy(torch_noise), 5, num_workers=1, generator=seeded()
     ),
+    "noise in two workers": lambda: DataLoader(Noisy(torch_noise), 5, num_workers=2, shuffle=True),
     "noise of a stream": lambda: DataLoader(Stream(Noisy(torch_noise)), 5),
+    "noise of a dataset's generator": lambda: DataLoader(Noisy(SeededNoise()), 5),
     "noise of a collate function": lambda: DataLoader(PLAIN, 5, collate_fn=collated),
     "noise of a ModelData": lambda: ModelData(CASE.model(), Noisy(torch_noise), batch_size=5),
 }
@@ -289,6 +312,52 @@ def test_generator_goes_on_as_after_one_pass(budget):
     generator.manual_seed(5)
     fit(loader, cache_budget=budget)
     assert torch.equal(generator.get_state(), after_one)
+
+
+def numpy_noise(shape):
+    return torch.from_numpy(np.random.standard_normal(shape))  # noqa: NPY002
+
+
+def python_noise(shape):
+    return torch.tensor([random.gauss() for _ in range(shape.numel())]).view(shape)
+
+
+@pytest.fixture
+def seeded_globally():
+    """Return a function that seeds Python's and NumPy's random numbers, as before at the end."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def seed():
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        torch.manual_seed(1)
+
+    yield seed
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("draw", [numpy_noise, python_noise])
+def test_random_states_of_python_and_numpy_are_replayed(draw, workers, seeded_globally):
+    """And go on as after one pass, however many were made; torch's is left as it was."""
+    loader = DataLoader(Noisy(draw), 5, shuffle=True, num_workers=workers)
+    seeded_globally()
+    before = of_torch()
+    list(loader)
+    after_one = {**of_torch(), "torch": before["torch"]}
+    fits = []
+    for budget in BUDGETS.values():
+        seeded_globally()
+        fits.append(EKFAC(cache_budget=budget).fit(CASE.model(), loader))
+        assert differences(after_one, of_torch()) == []
+    assert same(fits[0], fits[2])
+    assert same(fits[1], fits[2])
+    seeded_globally()
+    random.seed(2)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert not same(EKFAC().fit(CASE.model(), loader), fits[2], 1e-3)
 
 
 @pytest.mark.parametrize("data", ["list", "loader", "ModelData"])
@@ -335,9 +404,9 @@ class Changing:
         return iter(self.passes.pop(0))
 
 
-def shifted(batches, i):
+def shifted(batches, i, by=0.1):
     out = list(batches)
-    out[i] = (out[i][0] + 0.1, out[i][1])
+    out[i] = (out[i][0] + by, out[i][1])
     return out
 
 
@@ -351,12 +420,14 @@ CHANGES = {
         "batch 1 has other losses",
     ),
     "order": (0, PLAIN_BATCHES[::-1], "batch 0 has other losses"),
-    "one more batch": (0, [*PLAIN_BATCHES, PLAIN_BATCHES[0]], "batch 3 has other losses"),
-    "one batch less": (0, PLAIN_BATCHES[:2], "2 batches instead of 3"),
-    "none": (0, [], "0 batches instead of 3"),
+    "one more batch": (0, [*PLAIN_BATCHES, PLAIN_BATCHES[0]], "more batches than 3"),
+    "one batch less": (0, PLAIN_BATCHES[:2], "fewer batches: 2 at most, instead of 3"),
+    "none": (0, [], "fewer batches: 0 at most, instead of 3"),
     "other sizes": (0, CASE.batches(3, 5, 4), "batch 0 has other losses"),
+    "by little": (0, shifted(PLAIN_BATCHES, 1, 1e-4), "batch 1 has other losses"),
     "some kept": (2000, shifted(PLAIN_BATCHES, 2), "batch 2 has other losses"),
-    "some kept, none again": (2000, [], "(0|fewer) batches"),
+    "some kept, none again": (2000, [], "fewer batches: 2 at most, instead of 3"),
+    "some kept, one more batch": (2000, [*PLAIN_BATCHES, PLAIN_BATCHES[0]], "more batches than 3"),
 }
 
 
@@ -379,20 +450,44 @@ def test_changed_data_are_met_once_where_all_is_kept():
     assert same(fitted, EKFAC().fit(CASE.model(), PLAIN_BATCHES))
 
 
+class OwnGenerator:
+    """Noise of a generator that nobody else knows of."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, shape):
+        return torch.from_numpy(self.generator.standard_normal(shape))
+
+
+class OwnOrder(Sampler):
+    """An order of a generator that is not torch's."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __len__(self):
+        return N
+
+    def __iter__(self):
+        return iter(self.generator.permutation(N).tolist())
+
+
 @pytest.mark.parametrize(
-    "draw",
+    "loader",
     [
-        lambda shape: random.random(),
-        lambda shape: torch.from_numpy(np.random.standard_normal(shape)),  # noqa: NPY002
+        lambda: DataLoader(Noisy(OwnGenerator()), 5),
+        lambda: DataLoader(PLAIN, 5, sampler=OwnOrder()),
+        lambda: DataLoader(Noisy(torch_noise), 5, num_workers=1, persistent_workers=True),
     ],
-    ids=["python", "numpy"],
+    ids=["noise", "order", "a worker that goes on"],
 )
-def test_noise_that_cannot_be_replayed(draw):
-    """Random states of others than torch are none of ours: refused, not wrong."""
-    loader = DataLoader(Noisy(draw), 5)
-    with pytest.raises(IFVPUsageError, match=r"batch 0 has other losses.*no random augmentation"):
-        EKFAC(cache_budget=0).fit(CASE.model(), loader)
-    assert EKFAC().fit(CASE.model(), loader).n_samples_seen_ == N
+def test_random_numbers_that_cannot_be_replayed(loader):
+    """Refused, not wrong, and fine where one pass is enough."""
+    message = r"batch 0 has other losses\. .*numpy\.random are repeated, no others"
+    with pytest.raises(IFVPUsageError, match=message):
+        EKFAC(cache_budget=0).fit(CASE.model(), loader())
+    assert EKFAC().fit(CASE.model(), loader()).n_samples_seen_ == N
 
 
 @parametrize_budgets
@@ -401,3 +496,16 @@ def test_models_with_noise_of_their_own(budget):
     model = Apply(lambda self, x: self.inner(dropout(x, 0.5, training=True)), inner=CASE.model())
     with pytest.raises(IFVPUsageError, match=r"batch 0: .*randomness in the model"):
         EKFAC(cache_budget=budget).fit(model, PLAIN_BATCHES)
+
+
+def test_models_with_noise_of_their_own_on_single_examples():
+    """Where no other example tells, the second pass repeats the noise, or is refused."""
+
+    def fit(budget):
+        torch.manual_seed(3)
+        model = Apply(lambda self, x: self.inner(dropout(x, training=True)), inner=CASE.model())
+        return EKFAC(cache_budget=budget).fit(model, CASE.batches(1))
+
+    assert same(fit(BUDGETS["nothing is kept"]), fit(BUDGETS["all is kept"]))
+    with pytest.raises(IFVPUsageError, match=r"batch \d+ has other losses"):
+        fit(BUDGETS["some is kept"])

@@ -376,12 +376,6 @@ def test_a_folder_that_cannot_be_used(inside, tmp_path):
         DataInf(storage=file.joinpath(*inside)).fit(MLP.model(), Untouched())
 
 
-def test_another_device_is_refused(tmp_path):
-    with pytest.raises(IFVPUsageError, match="device is meta, but rows in a folder"):
-        DataInf(storage=tmp_path, device="meta").fit(MLP.model(), Untouched())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_without_file_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(IFVPUsageError, match=r"Windows does not have; use storage='memory'"):

@@ -1,10 +1,13 @@
 """Vectors in every container: what comes out is as what came in."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 
-from fimkit import Explicit, IFVPUsageError, ModelData
+from fimkit import EKFAC, KFAC, Diagonal, Explicit, IFVPUsageError, ModelData
 from fimkit.vectors import ParameterSpace
 from tests import reference
 from tests.cases import BY_NAME, mlp, points
@@ -43,7 +46,8 @@ def by_name(vectors, shapes):
 
 
 def joined(pieces, lead):
-    return torch.cat([torch.as_tensor(piece).reshape(*lead, -1).double() for piece in pieces], -1)
+    first = len(lead)
+    return torch.cat([torch.as_tensor(piece).flatten(first).double() for piece in pieces], -1)
 
 
 CONTAINERS = {
@@ -74,6 +78,44 @@ def test_one_tensor_per_parameter(fitted, shapes, container, k):
     assert out.shape == vectors.shape
     if k != 0:
         assert reference.error(torch.atleast_2d(out), expected(torch.atleast_2d(vectors))) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Explicit(solver="primal"),
+        Explicit(solver="dual"),
+        Explicit(blocks="layer"),
+        EKFAC(),
+        KFAC(),
+        Diagonal(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("container", [*CONTAINERS, "tensor", "array"])
+def test_no_vectors(shapes, container, estimator):
+    """What comes out is as empty as what came in, and no number is made up."""
+    fitted = clone(estimator).set_params(regularization=0.1).fit(CASE.model(), CASE.batches(5))
+    pieces = by_name(flat(0), shapes)
+    given = {"tensor": flat(0), "array": flat(0).numpy()}.get(container)
+    if given is None:
+        given = CONTAINERS[container](pieces)
+    for method in (fitted.transform, fitted.inverse_transform):
+        found = method(given)
+        assert type(found) is type(given)
+        if isinstance(found, torch.Tensor | np.ndarray):
+            assert found.shape == (0, 132)
+            continue
+        found = found if isinstance(found, dict) else dict(zip(shapes, found, strict=True))
+        assert {name: tuple(piece.shape) for name, piece in found.items()} == {
+            name: (0, *shape) for name, shape in shapes.items()
+        }
+    for method in (fitted.mahalanobis, fitted.score_samples):
+        assert method(given).shape == (0,)
+        assert method(given).dtype == np.float64
+    for method in (fitted.score, lambda vectors: fitted.score_path(vectors, [0.1, 1])):
+        with pytest.raises(IFVPUsageError, match="mean over vectors, and there are none"):
+            method(given)
 
 
 # The result is rounded to the vectors' own dtype, no more.
@@ -280,7 +322,22 @@ def with_value(value):
         (parameters(lambda p: list(p.values())[:-1]), "sequence of 7 arrays, but there are 8"),
         (lambda s: flat().long(), r"dtype torch\.int64.*floating"),
         (lambda s: flat().numpy().astype(int), r"dtype int64.*floating"),
+        (lambda s: flat().bool(), r"dtype torch\.bool.*floating"),
+        (lambda s: flat().numpy() > 0, "dtype bool.*floating"),
+        (lambda s: flat().numpy().astype(object), "dtype object.*floating"),
+        (lambda s: flat().numpy().astype(str), "dtype <U32.*floating"),
         (lambda s: flat().numpy().astype(complex), "dtype complex128"),
+        (lambda s: flat().to(torch.complex64), r"dtype torch\.complex64"),
+        (lambda s: flat().numpy().astype(np.longdouble), "which torch lacks; use float64"),
+        (lambda s: flat().to(torch.float8_e5m2), r"float8_e5m2; use bfloat16 or wider"),
+        (lambda s: flat().to_sparse(), r"dense tensor; got one of layout torch\.sparse_coo"),
+        (lambda s: flat().to("meta"), "dense tensor; got one of layout .* on meta"),
+        (lambda s: np.array(1.0), r"shape \(\); expected"),
+        (lambda s: [], "sequence of 0 arrays, but there are 8"),
+        (lambda s: {}, r"lacks 'positions'.*expected exactly"),
+        (parameters(lambda p: dict(enumerate(p.values()))), "has unknown 0, 1, 2"),
+        (parameters(lambda p: {**p, "head.weight": None}), r"unknown 'head\.weight'"),
+        (parameters(lambda p: [None] * len(p)), r"vectors\['positions'\] must be.*got NoneType"),
         (parameters(lambda p: {n: t.int() for n, t in p.items()}), r"vectors\['positions'\] has"),
         (lambda s: "gradients", "must be a numpy array.*got str"),
         (lambda s: 3.0, "must be a numpy array.*got float"),
@@ -291,10 +348,48 @@ def with_value(value):
         (with_value(-torch.inf), "NaN or infinity"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("method", ["transform", "mahalanobis"])
+@pytest.mark.parametrize("method", ["transform", "mahalanobis", "score"])
 def test_errors(fitted, shapes, build, message, method):
     with pytest.raises(IFVPUsageError, match=message):
         getattr(fitted, method)(build(shapes))
+
+
+@pytest.mark.parametrize("convert", [lambda v: v, torch.Tensor.numpy, list])
+def test_results_that_exceed_float16_are_refused(fitted, shapes, convert):
+    """Not infinite without a word: 10⁴ times the vector, where λ is 10⁻⁴ times as large."""
+    vectors = torch.full((132,), 40.0, dtype=torch.float16)
+    given = list(by_name(vectors, shapes).values()) if convert is list else convert(vectors)
+    small = copy.deepcopy(fitted).set_params(regularization=1e-4)
+    with pytest.raises(IFVPUsageError, match=r"result exceeds the range of float16.*a wider one"):
+        small.transform(given)
+    assert small.transform(vectors.float()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("regularizations", "message"),
+    [
+        ([], r"regularizations=\[\]; expected a sequence of at least one number"),
+        ("auto", "regularizations='auto'; expected a sequence"),
+        (1.0, r"regularizations=1\.0; expected a sequence"),
+        (None, "regularizations=None; expected a sequence"),
+        ({0.1: 0.2}, "expected a sequence"),
+        (np.array(1.0), r"regularizations=array\(1\.\); expected a sequence"),
+        (np.empty(0), "expected a sequence of at least one number"),
+        ([0.1, "1"], r"regularizations\[1\] is '1'; expected a number"),
+        ([[0.1]], r"regularizations\[0\] is \[0\.1\]; expected a number"),
+        ([0.1, -1], r"regularizations\[1\] is -1\.0; expected a finite number of at least 0"),
+        ([torch.nan], r"regularizations\[0\] is nan; expected a finite number"),
+    ],
+)
+def test_errors_of_paths(fitted, regularizations, message):
+    with pytest.raises(IFVPUsageError, match=message):
+        fitted.score_path(flat(), regularizations)
+
+
+def test_kinds_of_paths(fitted):
+    expected = fitted.score_path(flat(), [0.5, 1.0])
+    for path in ((0.5, 1), np.array([0.5, 1]), torch.tensor([0.5, 1]), [np.float32(0.5), 1]):
+        assert np.array_equal(fitted.score_path(flat(), path), expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -11,6 +11,7 @@ from fimkit import Explicit, IFVPUsageError
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.rules.linear import LinearUse
+from fimkit.gradients.verification import RandomSum
 from tests import reference
 from tests.cases import BY_NAME, Apply, N, T, mlp, points, sequences, split
 from tests.state import unchanged
@@ -143,8 +144,8 @@ def test_one_wrong_layer_leaves_the_others(monkeypatch):
     case = BY_NAME["mlp"]
     inputs = LinearUse.inputs
 
-    def wrong_for_one(self, examples):
-        return inputs(self, examples) * (1.5 if "2.weight" in self.names else 1)
+    def wrong_for_one(self, *arguments):
+        return inputs(self, *arguments) * (1.5 if "2.weight" in self.names else 1)
 
     monkeypatch.setattr(LinearUse, "inputs", wrong_for_one)
     fitted = Explicit().fit(case.model(), case.batches(5))
@@ -269,6 +270,32 @@ def test_no_gradient_in_the_first_batch():
     rows = reference.gradients(model, reference.negative_log_likelihood, (x, on, y), N)
     assert not rows[:4].any()
     fitted = Explicit().fit(model, split((x, on, y), N, 4))
+    assert distance(fitted, rows) <= 1e-12
+
+
+def test_layers_without_gradient_are_not_checked_again_and_again(monkeypatch):
+    """As the first factor of an adapter while its second is zero."""
+    checks = []
+    made = RandomSum.__init__
+
+    def counting(self, *arguments):
+        checks.append(self)
+        made(self, *arguments)
+
+    monkeypatch.setattr(RandomSum, "__init__", counting)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+    model = Apply(
+        forward, layer=nn.Linear(5, 3), down=nn.Linear(5, 2, bias=False), up=nn.Linear(2, 3)
+    ).double()
+    nn.init.zeros_(model.up.weight)
+    x, y = sequences()(N, torch.Generator().manual_seed(0))
+    batch = x[:, 0], y
+    rows = reference.gradients(model, reference.negative_log_likelihood, batch, N)
+    fitted = Explicit().fit(model, split(batch, N, 4))
+    assert len(checks) == 1
     assert distance(fitted, rows) <= 1e-12
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,18 +14,20 @@ import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import metadata_routing
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from fimkit.data import ModelData
+from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.blocks import block_columns, block_names
 from fimkit.estimators.regularization import (
     block_regularizations,
-    checked_regularization,
+    given_regularizations,
+    regularization_path,
     resolve_regularization,
 )
 from fimkit.estimators.run import Run
+from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
     AmbientAutocast,
@@ -45,7 +48,11 @@ _DENSE_LIMIT = 4 * 2**30
 class FisherEstimator(TransformerMixin, BaseEstimator):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
-    __metadata_request__fit = {"dataloader": metadata_routing.UNUSED}  # noqa: RUF012
+    # What goes in is no metadata, although it is not called X.
+    __metadata_request__fit = dict.fromkeys(("model", "dataloader"), metadata_routing.UNUSED)
+    __metadata_request__transform = {"vectors": metadata_routing.UNUSED}  # noqa: RUF012
+    __metadata_request__inverse_transform = __metadata_request__transform
+    __metadata_request__score = __metadata_request__transform
 
     _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
         "regularization": [
@@ -59,7 +66,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         "n_mc_samples": [Interval(Integral, 1, None, closed="left")],
         "parameters": [str, "array-like", None],
         "device": [str, torch.device, None],
-        "dtype": [torch.dtype, None],
+        "dtype": [Options(torch.dtype, {torch.float32, torch.float64}), None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -112,7 +119,9 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             parameter, layer or batch and the remedy. The estimator is then as it was before.
         """
         self._validate_params()
-        run = Run(self, model, dataloader)
+        if not isinstance(self.regularization, str):
+            given_regularizations(self.regularization)
+        run = Run(Settings.of(self), model, dataloader)
         with evaluating(run.model):
             fitted = self._fit(run)
         if not isinstance(self.regularization, str):
@@ -126,7 +135,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             dtype_=run.dtype,
             coverage_=fitted.pop("coverage_", run.engine.coverage),
             _space=run.space,
-            _run_settings=(run.objective, run.seed),
+            _settings=run.settings,
         )
         self.__dict__.update(fitted)
         return self
@@ -174,6 +183,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         -------
         ifvp : ndarray of shape (n, p)
         """
+        check_model_data(data, "data")
         return self.fit(data, y).transform(data)
 
     def inverse_transform(self, vectors: Any) -> Any:
@@ -208,7 +218,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             As `sklearn.covariance.EmpiricalCovariance.score` under covariance ``F + λ I``: it
             selects a good inverse, not provably the best influence.
         """
-        return float(self.score_samples(vectors).mean())
+        return float(_mean(self.score_samples(vectors)))
 
     def score_samples(self, vectors: Any) -> npt.NDArray[np.float64]:
         """Return the Gaussian log-likelihood of each gradient under covariance ``F + λ I``.
@@ -244,11 +254,12 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         scores : ndarray of shape (len(regularizations),)
         """
         check_is_fitted(self)
-        dampings = [checked_regularization(value, "regularizations") for value in regularizations]
+        dampings = regularization_path(regularizations)
         spectrum = self.fisher_.spectrum()
         quadratics = self._reduce(vectors, lambda flat: spectrum.quadratics(flat, dampings))
         logdets = np.asarray(spectrum.logdets(dampings))
-        return self._log_likelihood(quadratics.mean(1), logdets)
+        scores: npt.NDArray[np.float64] = _mean(self._log_likelihood(quadratics, logdets[:, None]))
+        return scores
 
     def mahalanobis(self, vectors: Any) -> npt.NDArray[np.float64]:
         """Squared Mahalanobis norms ``vᵀ (F + λ I)⁻¹ v``.
@@ -383,14 +394,22 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             What `fimkit.influence` is built on.
         """
         check_is_fitted(self)
-        objective, seed = self._run_settings
+        check_model_data(data, "data")
+        settings = self._settings
         if fisher is not None:
-            objective = Objective(objective.loss, fisher)
-        run = Run(self, data, None, objective=objective, seed=seed, space=self._space)
-        run.device = self.device_
+            objective = Objective(settings.objective.loss, fisher)
+            settings = replace(settings, objective=objective)
+        run = Run(settings, data, space=self._space)
         with evaluating(run.model):
             for gradients in run.gradients():
                 yield gradients.rows()
+
+
+def _mean(scores: npt.NDArray[np.float64]) -> Any:
+    """Return the mean over the last dimension, the vectors'."""
+    if not scores.shape[-1]:
+        raise IFVPUsageError("a score is a mean over vectors, and there are none; give at least 1.")
+    return scores.mean(-1)
 
 
 def _numpy64(values: Tensor) -> npt.NDArray[np.float64]:

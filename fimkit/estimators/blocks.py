@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
 
-__all__ = ["block_columns", "block_names", "select_parameters"]
+__all__ = ["block_columns", "block_names", "name_patterns", "select_parameters"]
 
 
-def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> ParameterSpace:
+def name_patterns(value: Any, what: str) -> tuple[str, ...]:
+    """Return the names or glob patterns that a user gave: one, or several.
+
+    Raises
+    ------
+    IFVPUsageError
+        If there is none, or one is no string; ``what`` tells where.
+    """
+    if isinstance(value, str):
+        return (value,)
+    expected = "names of parameters, as model.named_parameters() has them, or glob patterns"
+    if not isinstance(value, Iterable):
+        raise IFVPUsageError(f"{what} is {value!r}; expected {expected}.")
+    patterns = tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise IFVPUsageError(f"{what} holds a {type(pattern).__name__}; expected {expected}.")
+    if not patterns:
+        raise IFVPUsageError(f"{what} is empty; give at least one name or pattern.")
+    return patterns
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> ParameterSpace:
     """Return the parameters of a fit, in ``named_parameters()`` order.
 
     Parameters
     ----------
     model : Module
-    patterns : str, sequence of str, or None
+    patterns : sequence of str, or None
         Names or glob patterns; all that require grad when None.
 
     Raises
     ------
     IFVPUsageError
-        If a pattern matches no trainable parameter, or there is none.
+        If a pattern matches no trainable parameter, or there is none, or one holds no numbers.
     """
     named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if parameter.is_meta or is_lazy(parameter):
+            raise IFVPUsageError(
+                f"parameter {name!r} holds no numbers yet; load the model's weights, or run a lazy "
+                "module once, before the fit."
+            )
     trainable = [name for name, parameter in named.items() if parameter.requires_grad]
     if not trainable:
         raise IFVPUsageError(
@@ -39,14 +68,11 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
             "requires_grad); call requires_grad_() on those to include."
         )
     if patterns is not None:
-        wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-        for pattern in wanted:
+        for pattern in patterns:
             if any(fnmatchcase(name, pattern) for name in trainable):
                 continue
             raise IFVPUsageError(f"parameters: {pattern!r} {_why_unmatched(model, pattern)}.")
-        trainable = [name for name in trainable if any(fnmatchcase(name, p) for p in wanted)]
-        if not trainable:
-            raise IFVPUsageError("parameters is empty; give at least one name or pattern, or None.")
+        trainable = [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]
     shapes = {name: tuple(named[name].shape) for name in trainable}
     complex_names = [name for name in shapes if named[name].is_complex()]
     if complex_names:
@@ -92,7 +118,8 @@ def block_names(space: ParameterSpace, blocks: Any) -> dict[str, tuple[str, ...]
     Raises
     ------
     IFVPUsageError
-        If a mapping's pattern matches nothing, or a parameter is in no block or in two; or if
+        If a mapping's pattern matches nothing, or a parameter is in no block or in two, or a block
+        has no parameter, or a name that is no string; or if
         there are not as many numbers as parameters.
     """
     if isinstance(blocks, Mapping):
@@ -150,7 +177,9 @@ def _mapped_blocks(
 ) -> dict[str, tuple[str, ...]]:
     owner: dict[str, Any] = {}
     for block, patterns in blocks.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(block, str):
+            raise IFVPUsageError(f"blocks has the key {block!r}; the name of a block is a string.")
+        for pattern in name_patterns(patterns, f"blocks[{block!r}]"):
             matched = [name for name in space.shapes if fnmatchcase(name, pattern)]
             if not matched:
                 raise IFVPUsageError(

@@ -167,7 +167,7 @@ class DataInf(FisherEstimator):
                 f"device is {run.device}, but rows in a folder are mapped into the CPU's memory; "
                 "leave device out, or use storage='memory'."
             )
-        run.device = torch.device("cpu")
+        run.keep_on(torch.device("cpu"))
         return RowFolder(self.storage)
 
 

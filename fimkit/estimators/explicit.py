@@ -33,7 +33,8 @@ class Explicit(FisherEstimator):
     regularization : "auto", float, mapping or sequence, default="auto"
         λ ≥ 0, absolute. ``"auto"`` is ``0.1 * trace(F_b) / p_b`` for each block b; a mapping of
         block name to λ, or a sequence in block order, gives one per block. It is applied when
-        solving: setting it on a fitted estimator takes effect at once.
+        solving: setting it on a fitted estimator takes effect at once. Every other parameter
+        waits for the next fit.
     loss : {"cross_entropy", "mse", "bce"} or callable, default="cross_entropy"
         Negative log-likelihood per example, summed over the example's targets. ``"mse"`` is
         ½‖f − y‖². A callable is ``loss(model, batch)`` returning ``(B,)`` losses, or
@@ -49,7 +50,7 @@ class Explicit(FisherEstimator):
         Names or glob patterns of the parameters to include; all that require grad by default.
     device : str or torch.device, optional
         Where rows and matrices live; the model's by default. The model is never moved.
-    dtype : torch.dtype, optional
+    dtype : {torch.float32, torch.float64}, optional
         What rows are kept in; the model's, float32 at least, by default. Sums of products are
         float64 in any case.
     random_state : int, RandomState instance or None, default=None

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 
-__all__ = ["block_regularizations", "checked_regularization", "resolve_regularization"]
+__all__ = [
+    "block_regularizations",
+    "given_regularizations",
+    "regularization_path",
+    "resolve_regularization",
+]
 
 # "auto" regularization is this fraction of the mean of the Fisher's diagonal: the heuristic of
 # Kwon et al., "DataInf", ICLR 2024, section 5, and of influence functions by EK-FAC.
@@ -55,37 +60,86 @@ def block_regularizations(value: Any, blocks: Sequence[str]) -> list[float]:
     IFVPUsageError
         If they are negative, not numbers, or not one per block.
     """
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return [checked_regularization(value, "regularization")]
+    numbers = given_regularizations(value)
+    if isinstance(numbers, float):
+        return [numbers]
+    if isinstance(numbers, dict):
+        if set(numbers) != set(blocks):
+            raise IFVPUsageError(
+                f"regularization has keys {list(numbers)}; expected one per block: {list(blocks)}."
+            )
+        return [numbers[block] for block in blocks]
+    if len(numbers) != len(blocks):
+        raise IFVPUsageError(
+            f"regularization has {len(numbers)} values; expected one number, or one per "
+            f"block: {len(blocks)} ({', '.join(blocks)})."
+        )
+    return numbers
+
+
+def given_regularizations(value: Any) -> float | list[float] | dict[Any, float]:
+    """Return the numbers that a user gave, whatever the blocks are.
+
+    Raises
+    ------
+    IFVPUsageError
+        If they are negative, or not numbers.
+    """
     if isinstance(value, Mapping):
-        if set(value) != set(blocks):
-            raise IFVPUsageError(
-                f"regularization has keys {list(value)}; expected one per block: {list(blocks)}."
-            )
-        numbers = [value[block] for block in blocks]
-    elif isinstance(value, Tensor | np.ndarray | Sequence) and not isinstance(value, str):
-        numbers = list(value)
-        if len(numbers) != len(blocks):
-            raise IFVPUsageError(
-                f"regularization has {len(numbers)} values; expected one number, or one per "
-                f"block: {len(blocks)} ({', '.join(blocks)})."
-            )
-    else:
+        return {
+            block: _checked(number, f"regularization of block {block!r}")
+            for block, number in value.items()
+        }
+    if _is_listing(value):
+        return _checked_list(value, "regularization")
+    number = _number(value)
+    if number is None:
         raise IFVPUsageError(
             f"regularization={value!r}; expected 'auto', a number, or one number per block."
         )
-    return [
-        checked_regularization(number, f"regularization of block {block!r}")
-        for block, number in zip(blocks, numbers, strict=True)
-    ]
+    return _checked(number, "regularization")
 
 
-def checked_regularization(value: Any, what: str) -> float:
+def regularization_path(values: Any) -> list[float]:
+    """Return the numbers of a path, each of them for all blocks.
+
+    Raises
+    ------
+    IFVPUsageError
+        If there are none, or they are negative, or not numbers.
+    """
+    if not _is_listing(values) or not len(values):
+        raise IFVPUsageError(
+            f"regularizations={values!r}; expected a sequence of at least one number."
+        )
+    return _checked_list(values, "regularizations")
+
+
+def _is_listing(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _checked_list(values: Any, what: str) -> list[float]:
+    return [_checked(value, f"{what}[{i}]") for i, value in enumerate(values)]
+
+
+def _checked(value: Any, what: str) -> float:
     """Return a number that is finite and not negative, or raise what it is."""
-    number = float(value)
+    number = _number(value)
+    if number is None:
+        raise IFVPUsageError(f"{what} is {value!r}; expected a number.")
     if not math.isfinite(number) or number < 0:
         raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
     return number
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, also from an array or tensor without dimensions, and None for all else."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 def _automatic(sizes: Sequence[int], traces: Sequence[float]) -> list[float]:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from fimkit.data import ModelData
 from fimkit.estimators.run import Run
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import BatchGradients
+from fimkit.replay import RandomStates, loader_generators, same_losses
 
 __all__ = ["ReplayedPasses"]
-
-# Relative difference at which two computations of a batch's losses count as different.
-_TOLERANCE = 1e-3
 
 
 class ReplayedPasses:
@@ -27,7 +22,8 @@ class ReplayedPasses:
     run : Run
     budget : int
         Bytes of gradients to keep between the passes. Batches beyond it are run through the model
-        again, with torch's and the loader's random states as in the first pass.
+        again, with the random states of the first pass. Those that a pass changes (Python's,
+        NumPy's and the loader's generators) are afterwards what one pass makes of them.
     """
 
     def __init__(self, run: Run, budget: int) -> None:
@@ -35,7 +31,10 @@ class ReplayedPasses:
         self._budget = budget
         self._kept: list[BatchGradients] = []
         self._scalars: list[Tensor] = []
-        self._states = _random_states(run)
+        self._states = RandomStates(loader_generators(run.data))
+        if getattr(run.data, "persistent_workers", False):
+            with self._states:  # starting workers draws a number, so they start before any pass
+                iter(run.data)
 
     def first(self) -> Iterator[BatchGradients]:
         """Yield the gradients of every batch.
@@ -72,53 +71,22 @@ class ReplayedPasses:
         yield from self._kept
         if len(self._kept) == len(self._scalars):
             return
-        _restore(self._states, self._run)
-        i = len(self._kept)
+        self._states.restore()
+        i, n = len(self._kept), len(self._scalars)
         for gradients in self._run.gradients(start=i):
-            if i >= len(self._scalars) or not _same(gradients.scalars, self._scalars[i]):
+            if i == n:
+                raise self._changed(f"there are more batches than {n}")
+            if not same_losses(gradients.scalars, self._scalars[i]):
                 raise self._changed(f"batch {i} has other losses")
             yield gradients.layers()
             i += 1
-        if i != len(self._scalars):
-            raise self._changed(f"there are {i} batches instead of {len(self._scalars)}")
+        if i != n:  # what ends among the batches that were kept ends unseen
+            raise self._changed(f"there are fewer batches: {i} at most, instead of {n}")
 
     def _changed(self, what: str) -> IFVPUsageError:
         return IFVPUsageError(
             f"the second pass over the data differs from the first: {what}. Give a loader that "
-            "repeats its batches (no random augmentation), or a larger cache_budget, so that one "
-            "pass is enough."
+            "repeats its batches (the random numbers of torch, of the loader's generator, of "
+            "Python's random and of numpy.random are repeated, no others, and none in persistent "
+            "workers), or a larger cache_budget, so that one pass is enough."
         )
-
-
-def _random_states(run: Run) -> list[Tensor]:
-    """Return the random states that a pass starts from."""
-    states = [torch.get_rng_state()]
-    if run.model_device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(run.model_device))
-    return [*states, *(generator.get_state() for generator in _generators(run))]
-
-
-def _restore(states: list[Tensor], run: Run) -> None:
-    torch.set_rng_state(states[0])
-    if run.model_device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], run.model_device)
-    generators = _generators(run)
-    for generator, state in zip(generators, states[len(states) - len(generators) :], strict=True):
-        generator.set_state(state)
-
-
-def _generators(run: Run) -> list[torch.Generator]:
-    """Return the loader's own generators, wherever it keeps them."""
-    data = run.data
-    if isinstance(data, ModelData) or not isinstance(data, DataLoader):
-        return []
-    inner = getattr(data.batch_sampler, "sampler", None)
-    owners = (data, data.sampler, data.batch_sampler, inner)
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _same(second: Tensor, first: Tensor) -> bool:
-    return second.shape == first.shape and torch.allclose(
-        second, first, rtol=_TOLERANCE, atol=_TOLERANCE * float(first.abs().mean())
-    )

@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping
-from numbers import Integral
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
-from sklearn.utils import check_random_state
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from fimkit.data import ModelData, check_batches, indexed_batches
+from fimkit.data import ModelData, check_batches, described, indexed_batches
 from fimkit.estimators.blocks import select_parameters
+from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
     AmbientAutocast,
     BatchGradients,
     GradientEngine,
-    Objective,
     unwrap,
 )
 from fimkit.gradients.sampling import ExampleUniforms
 from fimkit.gradients.tree import to_device
-from fimkit.losses import resolve_loss
 from fimkit.vectors import ParameterSpace
 
 __all__ = ["Run"]
 
 
 class Run:
-    """A fit's model, data and settings, checked against each other, and passes over the data.
+    """A fit's model and data, checked against its settings, and passes over the data.
+
+    Parameters
+    ----------
+    settings : Settings
+        Device and dtype are the model's where they leave that open.
+    model : Module or ModelData
+    dataloader : iterable of batches
+        Ignored where ``model`` is a `ModelData`.
+    space : ParameterSpace, optional
+        The parameters that the model must have; any when not given.
 
     Attributes
     ----------
+    settings : Settings
+        With nothing left open.
     sizes : list of int
         Examples of each batch that was passed.
     """
 
     def __init__(
         self,
-        estimator: Any,
+        settings: Settings,
         model: Any,
-        dataloader: Any,
+        dataloader: Any = None,
         *,
-        objective: Objective | None = None,
-        seed: int | None = None,
         space: ParameterSpace | None = None,
     ) -> None:
         if isinstance(model, ModelData):
+            if isinstance(dataloader, ModelData | DataLoader):
+                raise IFVPUsageError(
+                    "a ModelData brings its own data, and a "
+                    f"{type(dataloader).__name__} was given beside it; give one of the two."
+                )
             model, data = model.model, model
         else:
             _check_model(model, dataloader)
@@ -57,22 +71,20 @@ class Run:
         self.data = data
         self.model = unwrap(model)
         _refuse_batch_statistics(self.model)
-        self.space = select_parameters(self.model, estimator.parameters)
+        self.space = select_parameters(self.model, settings.patterns)
         if space is not None and space.shapes != self.space.shapes:
             raise IFVPUsageError(
                 "the ModelData's model has other trainable parameters than the one fitted: "
                 f"{_difference(space.shapes, self.space.shapes)}."
             )
-        self.objective = objective or Objective(
-            resolve_loss(estimator.loss), estimator.fisher, estimator.n_mc_samples
-        )
-        self.seed = _seed(estimator.random_state) if seed is None else seed
-        self.verbose = int(estimator.verbose)
         parameters = dict(self.model.named_parameters())
-        first = parameters[next(iter(self.space.shapes))]
+        selected = [parameters[name] for name in self.space.shapes]
         self.model_device = next(iter(parameters.values())).device
-        self.device = first.device if estimator.device is None else torch.device(estimator.device)
-        self.dtype = estimator.dtype or torch.promote_types(first.dtype, torch.float32)
+        self.device = settings.device or selected[0].device
+        self.dtype = settings.dtype or reduce(
+            torch.promote_types, (parameter.dtype for parameter in selected), torch.float32
+        )
+        self.settings = replace(settings, device=self.device, dtype=self.dtype)
         self.blocks: dict[str, int] | None = None
         self.sizes: list[int] = []
         self._autocast = AmbientAutocast()
@@ -89,7 +101,7 @@ class Run:
         if self._made is None:
             self._made = GradientEngine(
                 self.model,
-                self.objective,
+                self.settings.objective,
                 self.space,
                 self.dtype,
                 self.device,
@@ -97,6 +109,11 @@ class Run:
                 self._autocast,
             )
         return self._made
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep rows and statistics on this device, wherever the model is; before any pass."""
+        self.device = device
+        self.settings = replace(self.settings, device=device)
 
     def gradients(self, start: int = 0) -> Iterator[BatchGradients]:
         """Yield the per-example gradients of every batch.
@@ -111,21 +128,22 @@ class Run:
         IFVPUsageError
             If there is no batch, or a batch gives numbers that are not finite.
         """
-        batches = indexed_batches(self.data, indexed=self.objective.fisher == "mc")
+        batches = indexed_batches(self.data, indexed=self.settings.objective.fisher == "mc")
         total = len(self.data.batches()) if isinstance(self.data, ModelData) else None
         unread: dict[int, Tensor] = {}
         before = sum(self.sizes[:start])
-        progress = tqdm(batches, "batches", total, disable=not self.verbose, leave=False)
+        progress = tqdm(batches, "batches", total, disable=not self.settings.verbose, leave=False)
         for i, (indices, batch) in enumerate(progress):
             if i < start:
                 continue
-            uniforms = ExampleUniforms(self.seed, before if indices is None else indices)
+            uniforms = ExampleUniforms(self.settings.seed, before if indices is None else indices)
             try:
                 gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
             except IFVPUsageError as error:
                 raise type(error)(f"batch {i}: {error}") from error
-            if not gradients.n:
-                raise IFVPUsageError(f"batch {i} has no examples; remove empty batches.")
+            except Exception as error:
+                error.add_note(f"in batch {i} of the data")
+                raise
             before += gradients.n
             if i == len(self.sizes):
                 self.sizes.append(gradients.n)
@@ -147,7 +165,7 @@ def _refuse_infinite(finite: Mapping[int, Tensor]) -> None:
     bad = [i for i, value in zip(finite, flags, strict=True) if not value]
     if bad:
         raise IFVPUsageError(
-            f"batch {bad[0]} gives NaN or infinite losses or gradients"
+            f"batch {bad[0]}: NaN or infinite losses or gradients"
             + (f" (and {len(bad) - 1} more batches)" if len(bad) > 1 else "")
             + "; look for NaN inputs, log(0) in the loss, or a diverged model."
         )
@@ -157,7 +175,7 @@ def _check_model(model: Any, dataloader: Any) -> None:
     if not isinstance(model, nn.Module):
         swapped = " (the arguments look swapped)" if isinstance(dataloader, nn.Module) else ""
         raise IFVPUsageError(
-            f"model must be a torch.nn.Module or a ModelData; got {type(model).__name__}{swapped}. "
+            f"model must be a torch.nn.Module or a ModelData; got {described(model)}{swapped}. "
             "Call fit(model, dataloader) or fit(ModelData(model, dataset))."
         )
     if dataloader is None:
@@ -175,15 +193,6 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
                 "of an example depends on the others in its batch; train it with "
                 "track_running_stats=True, or replace it by GroupNorm."
             )
-
-
-def _seed(random_state: Any) -> int:
-    """Return a seed by scikit-learn's rules; None draws fresh entropy, no global state."""
-    if random_state is None:
-        return secrets.randbits(63)
-    if isinstance(random_state, Integral):
-        return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
 
 
 def _difference(fitted: Mapping[str, Any], given: Mapping[str, Any]) -> str:

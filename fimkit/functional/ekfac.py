@@ -6,33 +6,34 @@ Per layer with inputs a and gradients s at its hidden vectors, over examples i a
           S = \mathbb{E}[\textstyle\sum_t s_t s_t^\top] = Q_S \cdot Q_S^\top, \quad
           \Lambda = \mathbb{E}[(Q_S^\top \textstyle\sum_t s_t a_t^\top Q_A)^{\odot 2}] .
 
-``func`` is called twice on every batch, for the factors A and S, then for Λ in their eigenbases.
+``func`` is called twice on every batch, for the factors A and S, then for Λ in their eigenbases. In
+the first batch it is checked that the loss of every example is its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, Callable, List, Tuple  # noqa: UP035
+from typing import Any, Callable, List, Tuple, TypeVar  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.functional.cache import MLPCache
+from fimkit.functional.independence import layer_name
 from fimkit.functional.program import check_callable
 from fimkit.functional.recording import Batches, RecordedBatch, Recorder
 from fimkit.gradients import AmbientAutocast
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
+from fimkit.replay import RandomStates, same_losses
 from fimkit.statistics.kronecker import LinearStatistics, set_eigenbases
 
 __all__ = ["ifvp_at_x_ekfac"]
 
-# Relative difference at which two computations of a batch's losses count as different.
-_TOLERANCE = 1e-3
+_T = TypeVar("_T")
 
 
 def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
@@ -50,14 +51,15 @@ def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
     ----------
     func : callable
         Called on batches of ``x``. Returns the losses of the batch's examples, of shape ``(B,)``,
-        each depending on its own example only, or a tuple of losses and a mask. The mask, of
-        shape ``(B, T)``, is 1 (or True) at positions that count and 0 at padding; it selects what
-        enters A and S, in layers with T positions. Λ always takes an example's whole gradient, so
-        padding belongs out of the losses too.
+        each depending on its own example only (which is checked in the first batch), or a tuple
+        of losses and a mask. The mask, of shape ``(B, T)``, is 1 (or True) at positions that count
+        and 0 at padding; it selects what enters A and S, in layers with T positions. Λ always takes
+        an example's whole gradient, so padding belongs out of the losses too.
 
         Negative log-likelihoods at the labels of the data give the empirical Fisher information
-        matrix, at labels drawn from the predictions the true one. All random numbers are drawn
-        alike in both calls of ``func`` on a batch, and torch's random state is left as it was.
+        matrix, at labels drawn from the predictions the true one. Random numbers of torch, of
+        Python's `random` and of ``numpy.random`` are drawn alike in both calls of ``func`` on a
+        batch, and these random states are left as they were.
     *x
         All arguments of ``func``: tensors, containers of tensors, and constants.
     in_dims : tuple of (int or None), optional
@@ -151,7 +153,8 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
     statistics: list[list[LinearStatistics]] = []
     losses: list[Tensor] = []
     selected = False
-    with _replayable():
+    n = sum(batches.sizes)
+    with RandomStates() as states:
         for batch in recorder.batches(batches):
             if not losses:
                 statistics = [[_statistics(calls[0]) for calls in c] for c in batch.layers]
@@ -160,30 +163,38 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                     layer.add_positions(rows, None, batch.mask)
             losses.append(batch.losses)
             selected = selected or batch.mask is None or bool(batch.mask.any())
-    if not selected:
-        raise IFVPUsageError(
-            "the mask that func returned is 0 everywhere; it must be 1 at the positions that count."
-        )
-    set_eigenbases(
-        {
-            f"layer {j} of cache {i}": layer
-            for i, layers in enumerate(statistics)
-            for j, layer in enumerate(layers)
-        },
-        sum(batches.sizes),
-    )
-    with _replayable():
+        if not selected:
+            raise IFVPUsageError(
+                "the mask that func returned is 0 everywhere; it must be 1 at the positions that "
+                "count."
+            )
+        set_eigenbases({layer_name(i, j): layer for i, j, layer in _numbered(statistics)}, n)
+        states.restore()
         for index, batch in enumerate(recorder.batches(batches)):
-            _check_same(batch.losses, losses[index], index)
+            if not same_losses(batch.losses, losses[index]):
+                raise IFVPUsageError(
+                    f"func returned other losses for batch {index} when it was called on it "
+                    "again; it must depend on its arguments alone, and draw random numbers from "
+                    "torch's, Python's or NumPy's global state alone."
+                )
             for layer, calls in _each(statistics, batch):
                 layer.add_squares(_joined(calls), None)
-    return [[layer.eigen_corrected(sum(batches.sizes)) for layer in c] for c in statistics]
+    operators = [[layer.eigen_corrected(n) for layer in layers] for layers in statistics]
+    for i, j, operator in _numbered(operators):
+        if not bool(operator.eigenvalues.sum().isfinite()):
+            raise IFVPUsageError(
+                f"the eigenvalues of {layer_name(i, j)} are not finite: its squared gradients "
+                f"overflow {operator.eigenvalues.dtype}; compute in torch.float64, or scale the "
+                "losses."
+            )
+    return operators
 
 
-def _replayable() -> AbstractContextManager[None]:
-    """Return a context in which random numbers are drawn alike whenever it is entered again."""
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if started else ())
+def _numbered(layers: list[list[_T]]) -> Iterator[tuple[int, int, _T]]:
+    """Yield the cache, the number there, and what is given of each layer."""
+    for i, of_cache in enumerate(layers):
+        for j, layer in enumerate(of_cache):
+            yield i, j, layer
 
 
 def _each(
@@ -206,15 +217,6 @@ def _joined(calls: list[FactoredRows]) -> FactoredRows:
     return FactoredRows(inputs, signals, calls[0].layout)
 
 
-def _check_same(losses: Tensor, first: Tensor, index: int) -> None:
-    atol = _TOLERANCE * float(first.abs().mean())
-    if not torch.allclose(losses, first, rtol=_TOLERANCE, atol=atol):
-        raise IFVPUsageError(
-            f"func returned other losses for batch {index} when it was called on it again; it "
-            "must depend on its arguments and torch's random state alone."
-        )
-
-
 def _solve(
     operators: list[list[EigenKroneckerOperator]], damping: float, single: bool, v: Any
 ) -> Any:
@@ -230,7 +232,7 @@ def _solve(
             _like(
                 vectors,
                 [
-                    _solve_layer(operator, damping, vector, f"layer {j} of cache {i}")
+                    _solve_layer(operator, damping, vector, layer_name(i, j))
                     for j, (operator, vector) in enumerate(zip(layers, vectors, strict=True))
                 ],
             )
@@ -275,6 +277,11 @@ def _solve_layer(operator: EigenKroneckerOperator, damping: float, v: Any, name:
             f"at 0); give a larger one, such as damping={remedy:.1g}, a thousandth of the mean of "
             "the layer's eigenvalues."
         ) from error
+    if not solved.isfinite().all():
+        raise SingularFisherError(
+            f"The IFVP of {name} with damping={damping:g} overflows {v.dtype}; give a larger "
+            "damping, or vectors of a wider dtype."
+        )
     return solved.reshape(v.shape).to(v.device)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +14,16 @@ from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.functional.cache import EKFAC_CACHE_KEY, MLPCache, RecordedPair
+from fimkit.functional.independence import (
+    check_alone,
+    check_independence,
+    gradients_at,
+    layer_name,
+)
 from fimkit.gradients import AmbientAutocast
 from fimkit.gradients.tree import map_tensors, tensors
 from fimkit.operators import FactoredRows, MatrixLayout
+from fimkit.replay import RandomStates
 
 __all__ = ["Batches", "RecordedBatch", "Recorder"]
 
@@ -55,13 +64,17 @@ class Batches:
         """Yield the arguments of every batch."""
         start = 0
         for size in self.sizes:
-            yield tuple(
-                argument
-                if dim is None
-                else map_tensors(partial(_cut, dim=dim, start=start, size=size), argument)
-                for argument, dim in zip(self._arguments, self._dims, strict=True)
-            )
+            yield self.examples(start, size)
             start += size
+
+    def examples(self, start: int, size: int) -> tuple[Any, ...]:
+        """Return the arguments of ``size`` examples from ``start`` on."""
+        return tuple(
+            argument
+            if dim is None
+            else map_tensors(partial(_cut, dim=dim, start=start, size=size), argument)
+            for argument, dim in zip(self._arguments, self._dims, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,11 +89,14 @@ class RecordedBatch:
         Boolean.
     layers : list of list of list of FactoredRows
         ``layers[cache][layer][call]``, inputs and the gradients of the summed losses.
+    dtypes : set of torch.dtype
+        What losses and hidden vectors were computed in.
     """
 
     losses: Tensor
     mask: Tensor | None
     layers: list[list[list[FactoredRows]]]
+    dtypes: set[torch.dtype]
 
     def layouts(self) -> list[list[MatrixLayout]]:
         """Return the shape of every layer."""
@@ -106,6 +122,7 @@ class Recorder:
         self._caches = caches
         self._autocast = autocast
         self._layouts: list[list[MatrixLayout]] | None = None
+        self._checked: set[Any] = set()
 
     def batches(self, batches: Batches) -> Iterator[RecordedBatch]:
         """Yield what every batch records, after one forward and one backward pass each.
@@ -116,9 +133,12 @@ class Recorder:
             If what ``func`` returns or records cannot be used.
         """
         for index, (size, arguments) in enumerate(zip(batches.sizes, batches, strict=True)):
-            batch = self._record(arguments, size)
-            _check_finite(batch, index)
+            states = RandomStates() if self._layouts is None and size > 1 else None
+            batch = self._record(arguments, size, index)
             _check_mask(batch)
+            # With random numbers of its own a lone example has another loss.
+            if states is not None and not states.passed():
+                self._check_alone(batches, batch)
             if self._layouts is None:
                 self._layouts = batch.layouts()
             elif batch.layouts() != self._layouts:
@@ -128,30 +148,56 @@ class Recorder:
                 )
             yield batch
 
-    def _record(self, arguments: tuple[Any, ...], size: int) -> RecordedBatch:
+    def _record(self, arguments: tuple[Any, ...], size: int, index: int) -> RecordedBatch:
         try:
             for cache in self._caches:
                 cache.start()
             with self._autocast.restored():
                 losses, mask = _outputs(self._func(*arguments), size)
             pairs = [_pairs(cache, size, i) for i, cache in enumerate(self._caches)]
-        finally:
+            hidden = {
+                (i, j, k): pair[1]
+                for i, layers in enumerate(pairs)
+                for j, calls in enumerate(layers)
+                for k, pair in enumerate(calls)
+            }
+            pattern = frozenset((place, tensor.shape[1:]) for place, tensor in hidden.items())
+            check = size > 1 and pattern not in self._checked
+            signals = gradients_at(hidden, losses.sum(), retain_graph=check)
+            layers = [
+                [
+                    [_factored(pair, signals[i, j, k]) for k, pair in enumerate(calls)]
+                    for j, calls in enumerate(layers)
+                ]
+                for i, layers in enumerate(pairs)
+            ]
+            dtypes = {losses.dtype, *(tensor.dtype for tensor in hidden.values())}
+            batch = RecordedBatch(losses.detach(), mask, layers, dtypes)
+            _check_finite(batch, index)
+            if check:
+                check_independence(losses, hidden, signals)
+                self._checked.add(pattern)
+        finally:  # a checkpoint records again in the backward pass
             for cache in self._caches:
                 cache.stop()
-        hidden = [pair[1] for layers in pairs for calls in layers for pair in calls]
-        signals = iter(torch.autograd.grad(losses.sum(), hidden, allow_unused=True))
-        layers = [
-            [
-                [_factored(pair, next(signals), _name(i, j)) for pair in calls]
-                for j, calls in enumerate(layers)
-            ]
-            for i, layers in enumerate(pairs)
-        ]
-        return RecordedBatch(losses.detach(), mask, layers)
+        return batch
 
+    def _check_alone(self, batches: Batches, batch: RecordedBatch) -> None:
+        """Refuse a loss of the first batch that is another one without the rest of the batch.
 
-def _name(cache: int, layer: int) -> str:
-    return f"layer {layer} of cache {cache}"
+        The largest is looked at: rounding errors may change one that is nearly 0.
+        """
+        largest = int(batch.losses.abs().argmax())
+        alone = None
+        # func need not be able to run on one example by itself, nor without a warning.
+        silent = warnings.catch_warnings(action="ignore")
+        with RandomStates(), suppress(Exception), silent, self._autocast.restored():
+            alone, _ = _outputs(self._func(*batches.examples(largest, 1)), 1)
+        for cache in self._caches:
+            cache.clear()
+        if alone is not None:
+            together = batch.losses[largest : largest + 1]
+            check_alone(alone.detach(), together, len(batch.losses), batch.dtypes)
 
 
 def _pairs(cache: MLPCache, size: int, index: int) -> list[list[RecordedPair]]:
@@ -166,7 +212,7 @@ def _pairs(cache: MLPCache, size: int, index: int) -> list[list[RecordedPair]]:
         )
     for j, calls in enumerate(layers):
         for pair in calls:
-            _check_pair(pair, size, _name(index, j))
+            _check_pair(pair, size, layer_name(index, j))
     return layers
 
 
@@ -192,12 +238,7 @@ def _check_pair(pair: RecordedPair, size: int, name: str) -> None:
         )
 
 
-def _factored(pair: RecordedPair, signals: Tensor | None, name: str) -> FactoredRows:
-    if signals is None:
-        raise IFVPUsageError(
-            f"the losses do not depend on the hidden vectors of {name}; "
-            "append the very tensor that the forward goes on with, not a copy or a view of it."
-        )
+def _factored(pair: RecordedPair, signals: Tensor) -> FactoredRows:
     a, dtype = pair[0].detach(), torch.promote_types(signals.dtype, torch.float32)
     a = a.to(signals.device, dtype).reshape(a.shape[0], -1, 1, a.shape[-1])
     s = signals.to(dtype).reshape(signals.shape[0], 1, -1, 1, signals.shape[-1])
@@ -262,7 +303,7 @@ def _check_finite(batch: RecordedBatch, index: int) -> None:
     for i, cache in enumerate(batch.layers):
         for j, calls in enumerate(cache):
             both = [values for rows in calls for values in (rows.inputs, rows.signals)]
-            found.append((f"an input or a gradient of {_name(i, j)}", both))
+            found.append((f"an input or a gradient of {layer_name(i, j)}", both))
     # One NaN or infinity makes its sum NaN or infinite: one wait for the device, not one each.
     sums = [values.sum().isfinite() for _, group in found for values in group]
     if bool(torch.stack([finite.to(batch.losses.device) for finite in sums]).all()):
@@ -276,8 +317,8 @@ def _check_finite(batch: RecordedBatch, index: int) -> None:
 
 
 def _cut(tensor: Tensor, dim: int, start: int, size: int) -> Tensor:
-    part = tensor.narrow(dim, start, size).contiguous()
-    return part.clone() if part.is_inference() else part
+    # A copy, so that what func does to it in place is done to nothing else.
+    return tensor.narrow(dim, start, size).clone(memory_format=torch.contiguous_format)
 
 
 def _dims(x: tuple[Any, ...], in_dims: Any) -> tuple[int | None, ...]:

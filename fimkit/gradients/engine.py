@@ -8,7 +8,7 @@ compared with autograd's own gradient of the same sums of losses, parameter by p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,32 +18,32 @@ from torch import Tensor, nn
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
-from fimkit.gradients.groups import (
-    BatchGradients,
-    Group,
-    GroupGradients,
-    Located,
-    pair_parameters,
-)
-from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
+from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
 from fimkit.gradients.tree import tensors
-from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars
+from fimkit.gradients.verification import Finding, RandomSum, graph_shape, same_scalars
 from fimkit.losses import Uniforms
 from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
 
 __all__ = ["GradientEngine"]
 
+_DEPENDENT = (
+    "the loss of one example depends on the others in its batch (batch statistics, a division by "
+    "the batch's length), or differs between calls (randomness in the model)"
+)
+
 
 @dataclass
 class _Pass:
-    """One forward pass: the scalars, their weights, and what was captured on the way."""
+    """One forward pass: the scalars, by column and stacked, and what was captured on the way."""
 
     batch: Any
     labels: list[Any]
+    columns: Sequence[Tensor]
     scalars: Tensor
     weights: Tensor | None
     mask: Tensor | None
@@ -110,7 +110,7 @@ class GradientEngine:
         self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
-        self._layouts: dict[Any, list[BatchLayout | None]] = {}
+        self._found: dict[Any, list[Finding]] = {}
         self.coverage = dict.fromkeys(space.shapes, "no gradient seen")
 
     def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
@@ -129,23 +129,27 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
-        signals = self._signals(run)
-        layouts = self._layouts.get(run.key)
-        if layouts is None or not _fit(layouts, run):
-            layouts = self._verify(run, signals)
+        found = self._found.get(run.key)
+        checked = found is not None and not any(finding.silent for finding in found)
+        signals = self._signals(run, keep_graph=not checked)
+        if found is None or not _holds(found, run, signals):
+            found = self._verify(run, signals)
         shared = {tensor.untyped_storage().data_ptr() for tensor in tensors(batch)}
         shared.update(buffer.untyped_storage().data_ptr() for buffer in self._model.buffers())
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
             use.own_input(shared)
-        return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
+        return self._collect(run, _locate(run, signals, found), self._fallback_rows(run))
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         with self._autocast.restored(), Capture(self._parameters) as capture:
             self._objective.loss.targets(batch)  # refuses a batch without any
             outputs = self._objective.loss.outputs(self._model, batch)
             labels = self._objective.labels(outputs, batch, uniforms)
-            scalars, weights, mask = self._objective.scalars(outputs, labels)
+            columns, weights, mask = self._objective.columns(outputs, labels)
+            scalars = torch.stack(tuple(columns), 1)
+        if not scalars.shape[0]:
+            raise IFVPUsageError("it has no examples; remove empty batches.")
         if not scalars.requires_grad:
             raise IFVPUsageError(
                 "the losses do not depend on any selected parameter through autograd: the model "
@@ -153,20 +157,28 @@ class GradientEngine:
             )
         mask = _padding_mask(batch) if mask is None else mask
         graph = graph_shape(scalars, capture.detached)
-        return _Pass(batch, labels, scalars, weights, mask, capture.uses, graph, capture.rearranged)
+        return _Pass(
+            batch, labels, columns, scalars, weights, mask, capture.uses, graph, capture.rearranged
+        )
 
-    def _signals(self, run: _Pass) -> list[Tensor | None]:
-        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
+    def _signals(self, run: _Pass, *, keep_graph: bool) -> list[Tensor | None]:
+        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero.
+
+        The graph goes with the last of them, layer by layer, unless it is to be kept.
+        """
         edges = [use.edge for use in run.uses]
         if not edges:
             return []
+        last = len(run.columns) - 1
         per_scalar = [
-            torch.autograd.grad(scalars.sum(), edges, retain_graph=True, allow_unused=True)
-            for scalars in run.scalars.unbind(1)
+            torch.autograd.grad(
+                column.sum(), edges, retain_graph=keep_graph or i < last, allow_unused=True
+            )
+            for i, column in enumerate(run.columns)
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[BatchLayout | None]:
+    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[Finding]:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
@@ -174,17 +186,16 @@ class GradientEngine:
         check = RandomSum(run.scalars, run.uses, self._parameters, self._autocast.precision)
         check.refuse_infinite()
         found = [
-            check.layout(i, use, signal)
+            check.find(i, use, signal)
             for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
         ]
-        layouts = [layout for layout, _ in found]
-        for use, layout in zip(run.uses, layouts, strict=True):
-            if layout is None:
+        for use, finding in zip(run.uses, found, strict=True):
+            if finding.layout is None:
                 self._fallback_names.update(use.names)
-        located = _locate(run, signals, layouts)
+        located = _locate(run, signals, found)
         while True:  # what falls back may pair the rest in another way
             groups = self._groups or self._pair(run.uses)
-            captured = self._collect(run, located, {}, groups).rows()
+            captured = self._collect(run, located, {}, groups)
             wrong = check.disagreeing(captured, self._places(fallback=False))
             if not wrong:
                 break
@@ -196,15 +207,15 @@ class GradientEngine:
         self._verify_fallback(run, check)
         self._verify_alone(run)
         # Without a proof, or where examples may change places, look again in the next batch.
-        if not run.rearranged and all(proven for _, proven in found):
-            self._layouts[run.key] = layouts
+        if not run.rearranged and all(finding.proven or finding.silent for finding in found):
+            self._found[run.key] = found
         for name in self._space.shapes:
             if name in self._fallback_names:
                 self.coverage[name] = self._fallback.description
         for use in run.uses:
             for name in set(use.names) - self._fallback_names:
                 self.coverage[name] = use.description
-        return layouts
+        return found
 
     def _pair(self, uses: list[Use]) -> list[Group]:
         return pair_parameters(self._space.shapes, uses, self._fallback_names, self._blocks)
@@ -218,36 +229,38 @@ class GradientEngine:
             return
         wrong: list[str] = []
         problem: Exception | None = None
-        for batch_dim in dict.fromkeys((self._fallback.batch_dim, 0, 1)):
-            self._fallback.try_dim(batch_dim)
+        for cut in self._fallback.cuts(run.batch, run.labels, run.shape[0]):
+            self._fallback.use(cut)
             try:
-                rows = self._collect(run, [], self._fallback_rows(run)).rows()
-            except (IFVPUsageError, RuntimeError, ValueError, IndexError) as error:
-                problem = problem or error  # cut along the wrong dimension, or truly a fault
+                rows = self._collect(run, [], self._fallback_rows(run))
+            except Exception as error:  # of a wrong cut, or truly a fault
+                problem = problem or error
                 continue
             wrong = check.disagreeing(rows, self._places(fallback=True))
             if not wrong:
                 return
-        if problem is not None and not wrong:
-            raise problem
+        names = ", ".join(map(repr, wrong or sorted(self._fallback_names)))
+        alone = "" if wrong else f" (an example alone raised {type(problem).__name__}: {problem})"
         raise IFVPUsageError(
-            f"the gradients of single examples do not add up to autograd's gradient for "
-            f"{', '.join(map(repr, wrong))}: the loss of one example depends on the others in its "
-            "batch, or differs between calls (randomness in the model), or a tensor of the batch "
-            "has its examples neither along its first nor its second dimension. Remove the "
-            "dependence, or leave these parameters out with parameters=."
-        )
+            f"the gradients of single examples do not add up to autograd's gradient for {names}"
+            f"{alone}: {_DEPENDENT}, or a tensor of the batch has its examples neither along its "
+            "first nor its second dimension. Remove the dependence, or leave these parameters out "
+            "with parameters=."
+        ) from problem
 
     def _verify_alone(self, run: _Pass) -> None:
         """Refuse losses of an example that are others without the rest of its batch."""
         if run.shape[0] < 2:
             return
-        alone = self._fallback.first_alone(run.batch, run.labels, run.shape[0])
-        if alone and not any(same_scalars(scalars, run.scalars[:1]) for scalars in alone):
+        alone = 0
+        for scalars in self._fallback.first_alone(run.batch, run.labels, run.shape[0]):
+            if same_scalars(scalars, run.scalars[:1]):
+                return
+            alone += 1
+        if alone:
             raise IFVPUsageError(
-                "an example alone has another loss than in its batch: its loss depends on the "
-                "others (batch statistics, a division by the batch's length), or differs between "
-                "calls (randomness in the model). Remove the dependence."
+                f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove the "
+                "dependence."
             )
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
@@ -298,21 +311,20 @@ def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:
     return torch.stack([zero if value is None else value for value in values])
 
 
-def _fit(layouts: list[BatchLayout | None], run: _Pass) -> bool:
-    """Whether layouts found before can hold this batch."""
+def _holds(found: list[Finding], run: _Pass, signals: list[Tensor | None]) -> bool:
+    """Whether what was found before can hold this batch, and calls without gradient have none."""
     n = run.shape[0]
-    return all(
-        layout is None or layout.fits(use.lead, n)
-        for layout, use in zip(layouts, run.uses, strict=True)
-    )
+    for finding, use in zip(found, run.uses, strict=True):
+        if finding.layout is not None and not finding.layout.fits(use.lead, n):
+            return False
+    silent = [s for f, s in zip(found, signals, strict=True) if f.silent and s is not None]
+    return not silent or not torch.stack([signal.any() for signal in silent]).any()
 
 
-def _locate(
-    run: _Pass, signals: list[Tensor | None], layouts: list[BatchLayout | None]
-) -> list[Located]:
+def _locate(run: _Pass, signals: list[Tensor | None], found: list[Finding]) -> list[Located]:
     """Return the calls that carry gradient and whose examples are found."""
     return [
-        Located(use, signal, layout)
-        for use, signal, layout in zip(run.uses, signals, layouts, strict=True)
-        if signal is not None and layout is not None
+        Located(use, signal, finding.layout)
+        for use, signal, finding in zip(run.uses, signals, found, strict=True)
+        if signal is not None and finding.layout is not None
     ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,10 @@ from fimkit.gradients.objective import Objective
 from fimkit.gradients.tree import map_tensors, tensors
 
 __all__ = ["FallbackGradients"]
+
+#: For each tensor of a batch and its labels the dimension that holds the examples, None where all
+#: examples share it.
+Cut = tuple[int | None, ...]
 
 # Bytes of per-example gradients that one vmapped call may produce.
 _VMAP_BUDGET = 64 * 2**20
@@ -41,90 +44,104 @@ class FallbackGradients:
         self._program = _Program(model, objective)
         self._autocast = autocast
         self.vectorized = True
-        #: Dimension of the batch's tensors that holds the examples, where it fits.
-        self.batch_dim = 0
-
-    def try_dim(self, batch_dim: int) -> None:
-        """Look for the examples along another dimension of the batch's tensors."""
-        if batch_dim != self.batch_dim:
-            self.batch_dim, self.vectorized = batch_dim, True
+        self._cut: Cut | None = None
 
     @property
     def description(self) -> str:
         """How gradients are obtained."""
         return "torch.func" if self.vectorized else "one backward pass per example"
 
-    def first_alone(self, batch: Any, labels: list[Any], n: int) -> list[Tensor]:
-        """Return the first example's scalars without the rest, by each way to cut it out."""
-        found = []
-        dim = self.batch_dim
-        for self.batch_dim in dict.fromkeys((dim, 0, 1)):
-            with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
-                cut = map_tensors(partial(self._example, 0, n), (batch, labels))
-                found.append(self._program(*cut))
-        self.batch_dim = dim
-        return found
+    def cuts(self, batch: Any, labels: list[Any], n: int) -> list[Cut]:
+        """Return the ways in which examples may lie in a batch's tensors, the likeliest first.
 
-    def _example(self, i: int, n: int, tensor: Tensor) -> Tensor:
-        """Return what a tensor of the batch holds of one example, or all that examples share."""
-        dim = self._dim(tensor, n)
-        return tensor if dim is None else tensor.narrow(dim, i, 1)
+        Parameters
+        ----------
+        batch, labels
+            As given to `rows`.
+        n : int
+            Number of examples.
+        """
+        own = len(tensors(batch))
+        leaves = tensors((batch, labels))
+        options = [[dim for dim in (0, 1) if _holds(leaf, dim, n)] for leaf in leaves]
+        first, last = ([dims[end] if dims else None for dims in options] for end in (0, -1))
+        found = [] if self._cut is None or not _fits(self._cut, leaves, n) else [self._cut]
+        for cut in (first, last):
+            found.append(tuple(cut))
+            # A tensor that all examples share may happen to be as long as the batch.
+            for i in range(own):
+                found.append((*cut[:i], None, *cut[i + 1 :]))
+        return list(dict.fromkeys(found))
+
+    def use(self, cut: Cut) -> None:
+        """Take examples out of batches by one of `cuts`."""
+        if cut != self._cut:
+            self._cut, self.vectorized = cut, True
+
+    def first_alone(self, batch: Any, labels: list[Any], n: int) -> Iterator[Tensor]:
+        """Yield the first example's scalars without the rest, by each way to cut it out."""
+        for cut in self.cuts(batch, labels, n):
+            scalars: Tensor | None = None
+            with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
+                scalars = self._program(*_example(0, cut, (batch, labels)))
+            if scalars is not None and len(scalars) == 1:
+                yield scalars
 
     def rows(
         self, names: Sequence[str], batch: Any, labels: list[Any], n: int
     ) -> dict[str, Tensor]:
         """Return the rows of each named parameter, shape ``(n, c, *shape)``."""
+        cut = self._cut
+        if cut is None or not _fits(cut, tensors((batch, labels)), n):
+            cut = self.cuts(batch, labels, n)[0]
         prefix = "model."
         parameters = dict(self._program.named_parameters(remove_duplicate=False))
         selected = {prefix + name: parameters[prefix + name].detach() for name in names}
         with self._autocast.restored():
             if self.vectorized:
                 try:
-                    rows = self._vectorized(selected, batch, labels, n)
+                    rows = self._vectorized(selected, batch, labels, cut)
                 except IFVPUsageError:
                     raise
                 except Exception:  # vmap refuses with many types of error; the other way is exact
                     self.vectorized = False
             if not self.vectorized:
-                rows = self._one_by_one([parameters[name] for name in selected], batch, labels, n)
+                of = [parameters[name] for name in selected]
+                rows = self._one_by_one(of, batch, labels, cut, n)
         return dict(zip(names, rows, strict=True))
 
     def _vectorized(
-        self, selected: dict[str, Tensor], batch: Any, labels: list[Any], n: int
+        self, selected: dict[str, Tensor], batch: Any, labels: list[Any], cut: Cut
     ) -> list[Tensor]:
-        leaves = tensors((batch, labels))
-        dims = [self._dim(leaf, n) for leaf in leaves]
-
         def of_example(parameters: dict[str, Tensor], *values: Tensor) -> Tensor:
             restored = iter(
                 value if dim is None else value.unsqueeze(dim)
-                for value, dim in zip(values, dims, strict=True)
+                for value, dim in zip(values, cut, strict=True)
             )
             example = map_tensors(lambda _: next(restored), (batch, labels))
             scalars: Tensor = functional_call(self._program, parameters, example)
             return scalars[0]
 
         size = sum(p.numel() * p.element_size() for p in selected.values())
-        if all(dim is None for dim in dims):
+        if all(dim is None for dim in cut):
             raise ValueError("no tensor of the batch has the examples along it")
         vectorized = vmap(
             jacrev(of_example),
-            in_dims=(None, *dims),
+            in_dims=(None, *cut),
             chunk_size=max(1, _VMAP_BUDGET // max(1, 4 * size)),
         )
         with warnings.catch_warnings():
             # An operator without a batching rule runs example by example: slower, and as exact.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            gradients = vectorized(selected, *leaves)
+            gradients = vectorized(selected, *tensors((batch, labels)))
         return [rows.detach() for rows in gradients.values()]
 
     def _one_by_one(
-        self, parameters: list[Tensor], batch: Any, labels: list[Any], n: int
+        self, parameters: Sequence[Tensor], batch: Any, labels: list[Any], cut: Cut, n: int
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(n):
-            cut = map_tensors(partial(self._example, i, n), (batch, labels))
-            scalars = self._program(*cut)
+            scalars = self._program(*_example(i, cut, (batch, labels)))
             if scalars.shape[0] != 1:
                 raise IFVPUsageError(
                     "a single example cut out of the batch gave losses of shape "
@@ -141,11 +158,27 @@ class FallbackGradients:
                 out.append(torch.stack([zero if g is None else g for g in values]))
         return [torch.stack(out) for out in rows]
 
-    def _dim(self, tensor: Tensor, n: int) -> int | None:
-        """Return the dimension along which a tensor holds the examples, or None."""
-        if tensor.ndim > self.batch_dim and tensor.shape[self.batch_dim] == n:
-            return self.batch_dim
-        return 0 if tensor.ndim and tensor.shape[0] == n else None
+
+def _example(i: int, cut: Cut, batch: Any) -> Any:
+    """Return what a batch holds of one example, and all that examples share."""
+    dims = iter(cut)
+
+    def of_tensor(tensor: Tensor) -> Tensor:
+        dim = next(dims)
+        return tensor if dim is None else tensor.narrow(dim, i, 1)
+
+    return map_tensors(of_tensor, batch)
+
+
+def _holds(tensor: Tensor, dim: int, n: int) -> bool:
+    return tensor.ndim > dim and tensor.shape[dim] == n
+
+
+def _fits(cut: Cut, leaves: Sequence[Tensor], n: int) -> bool:
+    """Whether a cut, perhaps of another batch, can take n examples out of these tensors."""
+    return len(cut) == len(leaves) and all(
+        dim is None or _holds(leaf, dim, n) for leaf, dim in zip(leaves, cut, strict=True)
+    )
 
 
 class _Program(nn.Module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.pairing import Group
 from fimkit.gradients.rules import EmbeddingUse, Examples, MatrixUse, Use
 from fimkit.operators import (
     Columns,
@@ -21,22 +22,9 @@ from fimkit.operators import (
     ZeroRows,
     join_rows,
 )
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import chunks, working_set
 
-__all__ = ["BatchGradients", "Group", "GroupGradients", "Located", "pair_parameters"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """A parameter on its own, or a weight with the bias that is folded into it."""
-
-    weight: str
-    bias: str | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters, in the order of the group's flat vector."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+__all__ = ["BatchGradients", "GroupGradients", "Located"]
 
 
 @dataclass(frozen=True)
@@ -46,53 +34,6 @@ class Located:
     use: Use
     signals: Tensor
     layout: BatchLayout
-
-
-def pair_parameters(
-    shapes: Mapping[str, tuple[int, ...]],
-    uses: Sequence[Use],
-    alone: set[str],
-    blocks: Mapping[str, int] | None,
-) -> list[Group]:
-    """Group a bias with its weight wherever every use of the bias is with that weight.
-
-    Of a layer that no example has met yet, the two are paired by their names.
-
-    Parameters
-    ----------
-    shapes : mapping of str to tuple of int
-        All parameters, in order.
-    uses : sequence of Use
-        Captured calls.
-    alone : set of str
-        Parameters that stay on their own.
-    blocks : mapping of str to int, optional
-        Block of each parameter; pairs lie within one block.
-    """
-    partners: dict[str, set[str | None]] = {name: set() for name in shapes}
-    tables = {name for use in uses if isinstance(use, EmbeddingUse) for name in use.names}
-    for use in uses:
-        weight = use.weight if isinstance(use, MatrixUse) else None
-        bias = use.bias if isinstance(use, MatrixUse) else None
-        for name in use.names:
-            is_bias = bias is not None and bias.name == name
-            partners[name].add(weight.name if is_bias and weight is not None else None)
-    bias_of: dict[str, str] = {}
-    for name in shapes:
-        weights = partners[name]
-        weight_name = next(iter(weights)) if len(weights) == 1 else None
-        if not weights and name.endswith("bias"):
-            sibling = name.removesuffix("bias") + "weight"
-            unmet = sibling in shapes and len(shapes[sibling]) > 1 and not partners[sibling]
-            weight_name = sibling if unmet else None
-        if weight_name is None or weight_name in bias_of:
-            continue
-        if {name, weight_name} & alone or weight_name in tables:
-            continue
-        if blocks is None or blocks[name] == blocks[weight_name]:
-            bias_of[weight_name] = name
-    biases = set(bias_of.values())
-    return [Group(name, bias_of.get(name)) for name in shapes if name not in biases]
 
 
 class GroupGradients:
@@ -184,10 +125,11 @@ class GroupGradients:
         return join_rows([self.factors(part).compact() for part in self.parts()])
 
     def parts(self, calls: Sequence[Located] | None = None) -> Iterator[slice]:
-        """Cut the examples into parts whose factors fit the memory budget."""
+        """Cut the examples into parts whose factors are a working set."""
         sample = self.factors(slice(0, 1), calls)
         per_example = sample.inputs.numel() + sample.signals.numel()
-        return chunks(self.n, per_example * self._like.element_size())
+        budget = working_set(self._like.device)
+        return chunks(self.n, per_example * self._like.element_size(), budget=budget)
 
     def factors(self, part: slice, calls: Sequence[Located] | None = None) -> FactoredRows:
         """Return the inputs and signals of some examples, the positions of all calls joined.
@@ -205,11 +147,11 @@ class GroupGradients:
             assert isinstance(call.use, MatrixUse)
             assert call.use.weight is not None
             examples = Examples(call.layout, self.n, part)
-            a = call.use.inputs(examples).to(self._like)
+            constant = None
             if self.group.bias is not None:
                 meets_bias = call.use.bias is not None and call.use.bias.name == self.group.bias
-                a = _with_column(a, float(meets_bias))
-            inputs.append(a)
+                constant = float(meets_bias)
+            inputs.append(call.use.inputs(examples, constant).to(self._like))
             s = call.use.signals(call.signals, examples).to(self._like)
             signals.append(s if call.use.weight.whole else call.use.weight.pad(s, -1))
         if len(inputs) == 1:
@@ -296,15 +238,6 @@ class BatchGradients:
         # One NaN or infinity makes its sum NaN or infinite, in one pass without temporaries.
         sums = [tensor.sum().to(self.scalars.device) for tensor in (self.scalars, *checked)]
         return torch.stack([total.isfinite() for total in sums]).all()
-
-
-def _with_column(a: Tensor, value: float) -> Tensor:
-    """Append a constant to the last dimension of ``(m, T, groups, in)``, in its memory's order."""
-    if a.shape[1] > 1 and a.stride(1) == 1 and a.stride(3) != 1:  # positions fastest
-        return torch.nn.functional.pad(a.permute(0, 2, 3, 1), (0, 0, 0, 1), value=value).permute(
-            0, 3, 1, 2
-        )
-    return torch.nn.functional.pad(a, (0, 1), value=value)
 
 
 def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:

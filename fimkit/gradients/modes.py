@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -68,6 +68,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
+        if devices:
+            stack.enter_context(_exact_cudnn(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(AmbientAutocast().disabled())
@@ -80,3 +82,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in flags:
                 module.training = training
+
+
+def _exact_cudnn(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which convolutions are float32 where they are asked for in float32.
+
+    Recurrent layers run without cuDNN, which has their backward pass in training mode only.
+    """
+    cudnn = torch.backends.cudnn
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    context: AbstractContextManager[None] = cudnn.flags(
+        enabled=cudnn.enabled and not recurrent,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
+    return context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,12 +48,14 @@ class Objective:
                 return [self.loss.mode(outputs, targets)]
         return [targets]
 
-    def scalars(
+    def columns(
         self, outputs: Any, labels: list[Any]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return ``(B, c)`` scalars, their weights, and the loss's mask; None where there is none.
+    ) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+        """Return the scalars as c columns ``(B,)``, their weights, and the loss's mask.
 
-        Weights are None where all are one. A mask is ``(B, T)``, True where a position counts.
+        Weights ``(B, c)`` are None where all are one. A mask is ``(B, T)``, True where a position
+        counts, None where the loss tells none. Columns that are computed apart stay apart, so
+        that the backward pass of one does not go through the others.
         """
         if self.fisher == "exact":
             rows, weights = self.loss.exact(outputs, labels[0])
@@ -62,18 +65,19 @@ class Objective:
                     f"example here (one per output, or per token and class), above the limit of "
                     f"{_MAX_ROWS}; use fisher='mc', whose mean it is."
                 )
-            return rows, weights.detach(), self._mask(outputs, labels[0])
+            return rows.unbind(1), weights.detach(), self._mask(outputs, labels[0])
         results = [self._losses(outputs, targets) for targets in labels]
         losses = [values for values, _ in results]
         mask = results[0][1]
         if len(losses) == 1:
-            return losses[0][:, None], None, mask
-        scalars = torch.stack(losses, 1)
-        return scalars, torch.full_like(scalars, 1 / len(losses), requires_grad=False), mask
+            return losses, None, mask
+        weights = losses[0].new_full((len(losses[0]), len(losses)), 1 / len(losses))
+        return losses, weights, mask
 
     def of(self, model: nn.Module, batch: Any, labels: list[Any]) -> Tensor:
         """Run the model and return the ``(B, c)`` scalars at given labels."""
-        return self.scalars(self.loss.outputs(model, batch), labels)[0]
+        columns, _, _ = self.columns(self.loss.outputs(model, batch), labels)
+        return torch.stack(tuple(columns), 1)
 
     def _mask(self, outputs: Any, targets: Any) -> Tensor | None:
         """Return the mask that the loss tells beside its values, where it has any."""

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
-from fimkit.operators import RowMatrix
 
-__all__ = ["RandomSum", "graph_shape", "same_scalars"]
+__all__ = ["Finding", "RandomSum", "graph_shape", "same_scalars"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where the examples of a call are.
+
+    Attributes
+    ----------
+    layout : BatchLayout or None
+        The one that fits best; None if none does.
+    proven : bool
+        Whether it is the only one that fits, by gradients that are not all zero.
+    silent : bool
+        Whether there was no gradient to prove it by.
+    """
+
+    layout: BatchLayout | None
+    proven: bool
+    silent: bool = False
 
 
 class RandomSum:
@@ -44,8 +64,8 @@ class RandomSum:
         precision: torch.dtype | None = None,
     ) -> None:
         self._precision = set() if precision is None else {precision}
-        generator = torch.Generator().manual_seed(0)
-        random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64, device="cpu")
         self.coefficients = random.to(scalars)
         inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
         self._total = (self.coefficients * scalars).sum()
@@ -56,35 +76,31 @@ class RandomSum:
             allow_unused=True,
         )
         self._total = self._total.detach()
-        self._signals = gradients[: len(uses)]
+        self._signals: list[Tensor | None] = list(gradients[: len(uses)])
         self._parameters = {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
+            name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(
                 parameters.items(), gradients[len(uses) :], strict=True
             )
         }
 
-    def layout(self, i: int, use: Use, signals: Tensor | None) -> tuple[BatchLayout | None, bool]:
-        """Return the layout under which each position answers to one example's scalars only.
+    def find(self, i: int, use: Use, signals: Tensor | None) -> Finding:
+        """Find the layout under which each position answers to one example's scalars only.
+
+        Asked once of each call: what it takes is forgotten.
 
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
-
-        Returns
-        -------
-        layout : BatchLayout or None
-            The one that fits best; None if none does.
-        proven : bool
-            Whether it is the only one that fits, by gradients that are not all zero.
         """
         n = self.coefficients.shape[0]
         candidates = candidate_layouts(use.lead, n)
-        observed = self._signals[i]
-        if signals is None or observed is None:
-            return (candidates[0] if candidates else BatchLayout(None)), False
+        observed, self._signals[i] = self._signals[i], None
+        size = 0.0 if signals is None or observed is None else _norm(observed)
+        if signals is None or observed is None or not size:
+            layout = candidates[0] if candidates else BatchLayout(None)
+            return Finding(layout, proven=False, silent=signals is None or not signals.any())
         tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
         weights = self.coefficients.to(signals)
-        size = _norm(observed)
         fitting: list[tuple[float, BatchLayout]] = []
         for layout in candidates:
             expected = sum(
@@ -95,35 +111,39 @@ class RandomSum:
             if _norm(error) <= tolerance * size:
                 fitting.append((_norm(error), layout))
         if not fitting:
-            return None, True
-        return min(fitting, key=lambda item: item[0])[1], len(fitting) == 1 and size > 0
+            return Finding(None, proven=True)
+        return Finding(min(fitting, key=lambda item: item[0])[1], proven=len(fitting) == 1)
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
         checked = [self._total, *self._parameters.values()]
         if not all(bool(tensor.sum().isfinite()) for tensor in checked):
             raise IFVPUsageError(
-                "it gives NaN or infinite losses or gradients; look for NaN inputs, log(0) in the "
-                "loss, or a diverged model."
+                "NaN or infinite losses or gradients; look for NaN inputs, log(0) in the loss, or "
+                "a diverged model."
             )
 
-    def disagreeing(self, rows: RowMatrix, places: Mapping[str, slice]) -> list[str]:
+    def disagreeing(self, gradients: BatchGradients, places: Mapping[str, slice]) -> list[str]:
         """Return the parameters whose rows do not add up to autograd's gradient.
 
         Parameters
         ----------
-        rows : RowMatrix
-            Rows of the groups to check.
+        gradients : BatchGradients
+            Gradients of the groups to check.
         places : mapping of str to slice
             Where each parameter to check lies in the flat vector.
         """
-        if not rows.groups:
+        if not gradients.groups:
             return []
+        found = [self._combined(group) for group in gradients.groups]
+        sums, magnitudes = found[0][0].new_zeros(2, gradients.size)
+        for group, (total, bound) in zip(gradients.groups, found, strict=True):
+            group.columns.put(sums[None], total)
+            group.columns.put(magnitudes[None], bound)
         dtypes = {gradient.dtype for gradient in self._parameters.values()} | self._precision
-        tolerance = max(_tolerance(dtype) for dtype in (*dtypes, *_dtypes(rows)))
+        tolerance = max(_tolerance(dtype) for dtype in (*dtypes, sums.dtype))
         floor = min(tolerance, 100 * max(torch.finfo(dtype).eps for dtype in dtypes))
         everything = sum(_norm(gradient) ** 2 for gradient in self._parameters.values()) ** 0.5
-        sums, magnitudes = self._combined(rows)
         wrong = []
         for name, place in places.items():
             true = self._parameters[name].flatten().to(sums)
@@ -133,16 +153,11 @@ class RandomSum:
                 wrong.append(name)
         return wrong
 
-    def _combined(self, rows: RowMatrix) -> tuple[Tensor, Tensor]:
-        """Return the random sum of the rows, and a bound on the sizes of what was added up."""
-        like = next(iter(rows.groups))[1]
-        weights = self.coefficients.to(like.device, like.dtype)[None]
-        sums = weights.new_zeros(rows.size)
-        magnitudes = weights.new_zeros(rows.size)
-        for columns, group in rows.groups:
-            columns.put(sums[None], group.combine(weights))
-            columns.put(magnitudes[None], group.magnitudes().combine(weights.abs()))
-        return sums, magnitudes
+    def _combined(self, group: GroupGradients) -> tuple[Tensor, Tensor]:
+        """Return the random sum of a group's rows, and a bound on the sizes of what it adds up."""
+        rows = group.rows()
+        weights = self.coefficients.to(rows.device, rows.dtype)[None]
+        return rows.combine(weights), rows.magnitudes().combine(weights.abs())
 
 
 def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, int]]:
@@ -199,11 +214,9 @@ def same_scalars(one: Tensor, other: Tensor) -> bool:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return _COARSE_TOLERANCE
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
-
-
-def _dtypes(rows: RowMatrix) -> set[torch.dtype]:
-    return {group.dtype for _, group in rows.groups}
 
 
 def _norm(tensor: Tensor) -> float:

@@ -27,9 +27,11 @@ def check_eigenvalues(
     """Raise if eigenvalues from ``least`` to ``largest``, known in ``dtype``, are singular.
 
     Undamped, the least must exceed the rounding of ``size`` eigenvalues' largest; a damping is
-    exact, and only has to exceed the rounding of one.
+    exact, and only has to exceed the rounding of one. Its inverse must be a number of ``dtype``.
     """
     eps = torch.finfo(dtype).eps * (1 if damping else size)
+    if least + damping < torch.finfo(dtype).tiny:
+        raise singular(damping, "the inverse of its smallest eigenvalue is not finite")
     if not least + damping > eps * largest:
         raise singular(damping, f"its smallest eigenvalue is below {eps:.1g} of the largest")
 

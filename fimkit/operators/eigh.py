@@ -20,7 +20,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     matrix : Tensor of shape (..., m, m)
-        Symmetrised first.
+        Symmetric; only its lower triangle is read.
 
     Returns
     -------
@@ -30,7 +30,6 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         In columns.
     """
     wide = matrix.to(accumulation_dtype(matrix.device))
-    wide = (wide + wide.mT) / 2
     try:
         eigenvalues, vectors = torch.linalg.eigh(wide)
     except RuntimeError:
@@ -46,6 +45,7 @@ def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
     Parameters
     ----------
     matrices : mapping of str to Tensor of shape (..., m, m)
+        Overwritten by their eigenvectors, so that these take no memory of their own.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
 
     def one(matrix: Tensor) -> tuple[Tensor, Tensor]:
         eigenvalues, vectors = eigh(matrix)
-        return eigenvalues.to(matrix.dtype), vectors.to(matrix.dtype)
+        return eigenvalues.to(matrix.dtype), matrix.copy_(vectors)
 
     threads = torch.get_num_threads()
     if threads == 1 or any(matrix.device.type != "cpu" for matrix in matrices.values()):

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["BUDGET", "accumulation_dtype", "chunks"]
+__all__ = ["BUDGET", "accumulation_dtype", "chunks", "working_set"]
 
 #: Bytes that the temporaries of one chunk may take.
 BUDGET = 64 * 2**20
+
+#: Bytes that a CPU's caches hold, and its allocator hands out again without fetching new pages.
+WORKING_SET = 8 * 2**20
 
 
 def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[slice]:
@@ -32,6 +35,11 @@ def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[sl
     step = max(1, (BUDGET if budget is None else budget) // max(1, bytes_each))
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
+
+
+def working_set(device: torch.device) -> int:
+    """Return the bytes of temporaries that are best worked on at a time on a device."""
+    return WORKING_SET if device.type == "cpu" else BUDGET
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

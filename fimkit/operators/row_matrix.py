@@ -127,7 +127,7 @@ class RowMatrix:
         values : Tensor
             The piece, in the dtype of the coefficients.
         """
-        coefficients = coefficients.view(-1, self.n, self.c)
+        coefficients = coefficients.view(coefficients.shape[0], self.n, self.c)
         itemsize = coefficients.element_size()
         for columns, rows in self.groups:
             for some in chunks(coefficients.shape[0], columns.size * itemsize):

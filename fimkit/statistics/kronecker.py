@@ -29,7 +29,7 @@ from torch import Tensor
 from fimkit.gradients import GroupGradients
 from fimkit.operators import EigenKroneckerOperator, FactoredRows, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import chunks, working_set
 from fimkit.statistics.sides import Side, rotate
 
 __all__ = [
@@ -44,9 +44,6 @@ WeightSharing = Literal["expand", "reduce"]
 
 # A side of more entries than this keeps the identity basis: vocabularies, never hidden widths.
 _LARGEST_SIDE = 16384
-
-# Bytes of per-example gradients at a time: enough for a matrix product, few enough for a cache.
-_SQUARES_BUDGET = 8 * 2**20
 
 
 class LayerStatistics(ABC):
@@ -138,7 +135,9 @@ class LinearStatistics(LayerStatistics):
     ) -> None:
         """Add the positions of one call to the two sides.
 
-        An example may meet several calls, so the caller counts the examples of the output side.
+        The input side counts them itself, for a mean over positions (over calls, if reduced). The
+        output side's mean is over the examples that `set_eigenbases` is told of: an example that
+        meets several calls is one.
 
         Parameters
         ----------
@@ -200,7 +199,7 @@ class LinearStatistics(LayerStatistics):
         """Add squares of ``Σ_t s_t a_tᵀ``, to be rotated where its factors are not yet."""
         each = self.layout.size * a.element_size()
         for j in range(s.shape[2]):
-            for part in chunks(a.shape[1], each, budget=_SQUARES_BUDGET):
+            for part in chunks(a.shape[1], each, budget=working_set(a.device)):
                 gradients = s[:, part, j].mT @ a[:, part]  # (groups, m, out, columns)
                 if not rotated:
                     if self._output_basis is not None:
@@ -324,7 +323,7 @@ def layer_statistics(
 def set_eigenbases(
     layers: Mapping[str, LayerStatistics], n: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Give every layer the eigenvectors of its sides.
+    """Give every layer the eigenvectors of its sides, which end with that.
 
     Parameters
     ----------
@@ -344,7 +343,7 @@ def set_eigenbases(
         If a side is not finite, by the layer's name.
     """
     full = {
-        (name, role): side.mean(n)
+        (name, role): side.finish(n)
         for name, layer in layers.items()
         for role, side in (("output", layer.output), ("input", layer.input))
         if not side.diagonal
@@ -354,7 +353,9 @@ def set_eigenbases(
     for name, layer in layers.items():
         sides = []
         for role, side in (("output", layer.output), ("input", layer.input)):
-            sides.append((side.mean(n), None) if side.diagonal else solved[f"{name} ({role} side)"])
+            sides.append(
+                (side.finish(n), None) if side.diagonal else solved[f"{name} ({role} side)"]
+            )
         (output_values, output_basis), (input_values, input_basis) = sides
         layer.set_bases(output_basis, input_basis)
         eigenvalues[name] = (output_values, input_values)

@@ -58,11 +58,13 @@ class Side:
         """Add the outer products of weighted unit vectors, to a diagonal."""
         self._sum[0].index_add_(0, indices, weights)
 
-    def mean(self, n: int) -> Tensor:
-        """Return the mean over the positions counted, or over n examples where none were."""
-        count = self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n
-        mean = self._sum / count
-        return mean if self.diagonal else mean.triu() + mean.triu(1).mT
+    def finish(self, n: int) -> Tensor:
+        """Turn the sum into the mean over the positions counted, or over n examples.
+
+        The side ends with that: the tensor returned is the caller's, to overwrite.
+        """
+        mean = self._sum.div_(self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n)
+        return mean if self.diagonal else mean.triu_().add_(mean.triu(1).mT)
 
 
 def rotate(vectors: Tensor, basis: Tensor | None) -> Tensor:

@@ -180,8 +180,16 @@ class MatrixUse(Use):
     weight_shape: torch.Size
 
     @abstractmethod
-    def inputs(self, examples: Examples) -> Tensor:
-        """Return the map's inputs, shape ``(m, T, groups, in)``."""
+    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
+        """Return the map's inputs, shape ``(m, T, groups, in)``.
+
+        Parameters
+        ----------
+        examples : Examples
+            Which examples, and where they are.
+        constant : float, optional
+            What a further last column holds; there is none when not given.
+        """
 
     @abstractmethod
     def signals(self, signals: Tensor, examples: Examples) -> Tensor:

@@ -68,30 +68,29 @@ class ConvolutionUse(MatrixUse):
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:1]) if self._batched else ()
 
-    def inputs(self, examples: Examples) -> Tensor:
+    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
         """Return the patches, shape ``(m, T, groups, in)``, positions fastest in memory."""
         x = examples.split(self.x, self.lead)
         m, calls = x.shape[:2]
-        x = F.pad(x.flatten(0, 1), self._padding)
-        patches = self._patches(x).view(m, calls, self.layout.groups, self.layout.in_, -1)
+        windows = self._windows(F.pad(x.flatten(0, 1), self._padding))
+        groups, size = self.layout.groups, self.layout.in_
+        positions = math.prod(windows.shape[-len(self._kernel) :])
+        # One copy, constant included: several times faster than torch's unfold.
+        patches = x.new_empty((m * calls, groups, size + (constant is not None), positions))
+        if constant is not None:
+            patches[:, :, -1] = constant
+        patches[:, :, :size].view(-1, groups, *windows.shape[2:]).copy_(windows)
+        patches = patches.view(m, calls, *patches.shape[1:])
         return patches.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """Return the patches of padded inputs, ``(N, channels * kernel, positions)``."""
+    def _windows(self, x: Tensor) -> Tensor:
+        """View padded inputs as ``(N, groups, channels, *kernel, *positions)``."""
         dims = len(self._kernel)
-        if dims < 3:
-            kernel, stride, dilation = (
-                (1,) * (2 - dims) + value for value in (self._kernel, self._stride, self._dilation)
-            )
-            x = x if dims == 2 else x[:, :, None]
-            return F.unfold(x, kernel, dilation=dilation, stride=stride)
+        x = x.view(len(x), self.layout.groups, -1, *x.shape[2:])
         for dim in range(dims):
             window = (self._kernel[dim] - 1) * self._dilation[dim] + 1
-            x = x.unfold(2 + dim, window, self._stride[dim])[..., :: self._dilation[dim]]
-        # (N, channels, *positions, *kernel)
-        channels_and_kernel = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-        x = x.permute(channels_and_kernel)
-        return x.flatten(1, 1 + dims).flatten(2)
+            x = x.unfold(3 + dim, window, self._stride[dim])[..., :: self._dilation[dim]]
+        return x.permute(0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
 
     def signals(self, signals: Tensor, examples: Examples) -> Tensor:
         """Return the gradients at the outputs, shape ``(m, c, T, groups, out)``."""

@@ -43,9 +43,10 @@ class LinearUse(MatrixUse):
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])
 
-    def inputs(self, examples: Examples) -> Tensor:
+    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
         """Return the map's inputs, shape ``(m, T, 1, in)``."""
-        return examples.split(self.x, self.lead)[:, :, None]
+        x = examples.split(self.x, self.lead)[:, :, None]
+        return x if constant is None else F.pad(x, (0, 1), value=constant)
 
     def signals(self, signals: Tensor, examples: Examples) -> Tensor:
         """Return the gradients at its outputs, shape ``(m, c, T, 1, out)``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fimkit.gradients.rules.base import Examples, MatrixUse, ParameterIndex, Slot, slot_names
@@ -27,9 +28,10 @@ class _TransposedUse(MatrixUse):
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])
 
-    def inputs(self, examples: Examples) -> Tensor:
+    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
         """Return the map's inputs, shape ``(m, T, 1, in)``."""
-        return examples.split(self.x, self.lead)[:, :, None]
+        x = examples.split(self.x, self.lead)[:, :, None]
+        return x if constant is None else F.pad(x, (0, 1), value=constant)
 
     def signals(self, signals: Tensor, examples: Examples) -> Tensor:
         """Return the gradients at its outputs, shape ``(m, c, T, 1, out)``."""
@@ -70,8 +72,8 @@ class AddmmUse(_TransposedUse):
         **_: Any,
     ) -> AddmmUse | None:
         """Return the use that a call with these arguments is, or None if it uses no parameter."""
-        weight = index.slot(mat2)
-        bias = index.slot(input) if input.ndim == 1 else None
-        if weight is None or not weight.whole or (beta, alpha) != (1, 1):
+        slots = index.slot(mat2), index.slot(input) if input.ndim == 1 else None
+        partial = slots[0] is not None and not slots[0].whole
+        if slots == (None, None) or partial or (beta, alpha) != (1, 1):
             return None
-        return cls(mat1, mat2, (weight, bias))
+        return cls(mat1, mat2, slots)
