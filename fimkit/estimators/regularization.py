@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.damping import as_number, automatic, is_listing
+from fimkit.exceptions import IFVPUsageError
 
 __all__ = [
     "block_regularizations",
@@ -18,10 +15,6 @@ __all__ = [
     "regularization_path",
     "resolve_regularization",
 ]
-
-# "auto" regularization is this fraction of the mean of the Fisher's diagonal: the heuristic of
-# Kwon et al., "DataInf", ICLR 2024, section 5, and of influence functions by EK-FAC.
-_AUTO = 0.1
 
 
 def resolve_regularization(
@@ -46,7 +39,7 @@ def resolve_regularization(
         If it is ``"auto"`` and all traces are zero.
     """
     if isinstance(value, str) and value == "auto":
-        values = _automatic(list(blocks.values()), traces)
+        values = automatic(list(blocks.values()), traces)
     else:
         values = block_regularizations(value, list(blocks))
     return values[0] if len(values) == 1 else values
@@ -90,9 +83,9 @@ def given_regularizations(value: Any) -> float | list[float] | dict[Any, float]:
             block: _checked(number, f"regularization of block {block!r}")
             for block, number in value.items()
         }
-    if _is_listing(value):
+    if is_listing(value):
         return _checked_list(value, "regularization")
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         raise IFVPUsageError(
             f"regularization={value!r}; expected 'auto', a number, or one number per block."
@@ -108,17 +101,11 @@ def regularization_path(values: Any) -> list[float]:
     IFVPUsageError
         If there are none, or they are negative, or not numbers.
     """
-    if not _is_listing(values) or not len(values):
+    if not is_listing(values) or not len(values):
         raise IFVPUsageError(
             f"regularizations={values!r}; expected a sequence of at least one number."
         )
     return _checked_list(values, "regularizations")
-
-
-def _is_listing(value: Any) -> bool:
-    if isinstance(value, Tensor | np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _checked_list(values: Any, what: str) -> list[float]:
@@ -127,26 +114,9 @@ def _checked_list(values: Any, what: str) -> list[float]:
 
 def _checked(value: Any, what: str) -> float:
     """Return a number that is finite and not negative, or raise what it is."""
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         raise IFVPUsageError(f"{what} is {value!r}; expected a number.")
     if not math.isfinite(number) or number < 0:
         raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
     return number
-
-
-def _number(value: Any) -> float | None:
-    """Return a number, also from an array or tensor without dimensions, and None for all else."""
-    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
-
-
-def _automatic(sizes: Sequence[int], traces: Sequence[float]) -> list[float]:
-    whole = _AUTO * sum(traces) / sum(sizes)
-    if not whole > 0:
-        raise SingularFisherError(
-            "regularization='auto' is a fraction of the Fisher's trace, which is zero: every "
-            "gradient is zero. Give a number, or check that the loss depends on the parameters."
-        )
-    return [_AUTO * t / p if t > 0 else whole for t, p in zip(traces, sizes, strict=True)]

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.functional.cache import MLPCache
+from fimkit.functional.checks import check_callable, check_finite, check_floating
 from fimkit.functional.independence import layer_name
-from fimkit.functional.program import check_callable
 from fimkit.functional.recording import Batches, RecordedBatch, Recorder
 from fimkit.gradients import AmbientAutocast
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
@@ -255,17 +255,14 @@ def _check_nesting(v: Any, n: int, expected: str) -> None:
 
 def _solve_layer(operator: EigenKroneckerOperator, damping: float, v: Any, name: str) -> Tensor:
     out, columns = operator.layout.out, operator.layout.columns
-    if not isinstance(v, Tensor) or not v.is_floating_point():
-        kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
-        raise IFVPUsageError(f"v of {name} is of {kind}; expected a floating-point torch tensor.")
+    check_floating(v, f"v of {name}")
     if v.ndim not in (2, 3) or tuple(v.shape[-2:]) != (out, columns):
         raise IFVPUsageError(
             f"v of {name} has shape {tuple(v.shape)}; expected {(out, columns)} or "
             f"(k, {out}, {columns}), the sizes of the recorded hidden vectors and inputs (to fold "
             "in a bias, record inputs with a last column of ones)."
         )
-    if not v.isfinite().all():
-        raise IFVPUsageError(f"v of {name} contains NaN or infinity; remove those vectors first.")
+    check_finite(v, f"v of {name}")
     flat = v.detach().reshape(-1, operator.size).to(operator.device)
     try:
         solved = operator.solve(flat, damping)

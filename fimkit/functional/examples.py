@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.functional.program import Examples, Program, check_callable
+from fimkit.functional.checks import check_callable
+from fimkit.functional.program import Examples, Program
 
 __all__ = ["PerExample", "SingleExample", "per_example", "single_example"]
 

@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.functional.checks import (
+    check_arguments,
+    check_callable,
+    check_finite,
+    check_floating,
+)
 from fimkit.functional.fisher import fisher
-from fimkit.functional.program import check_callable
 from fimkit.operators import Operator
 
 __all__ = ["ifvp_at_x_explicit", "ifvp_explicit"]
@@ -94,11 +99,7 @@ def ifvp_explicit(func: Callable, argnums: int = 0, regularization: float = 0.0)
     check()
 
     def ifvp(x: Any, v: Tensor) -> Tensor:
-        if not isinstance(x, tuple | list):
-            raise IFVPUsageError(
-                f"x is a {type(x).__name__}; expected the tuple of all arguments of func, also "
-                "when there is one: (x,)."
-            )
+        check_arguments(x)
         return _at(*check(), x)(v)
 
     return ifvp
@@ -196,17 +197,14 @@ def _at(
 
 
 def _solve(operator: Operator, damping: float, v: Tensor) -> Tensor:
-    if not isinstance(v, Tensor) or not v.is_floating_point():
-        kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
-        raise IFVPUsageError(f"v is of {kind}; expected a floating-point torch tensor.")
+    check_floating(v, "v")
     p = operator.size
     if v.ndim not in (1, 2) or v.shape[-1] != p:
         raise IFVPUsageError(
             f"v has shape {tuple(v.shape)}; expected ({p},) or (k, {p}), the numbers in the "
             "arguments that argnums selects, flattened and concatenated."
         )
-    if not v.isfinite().all():
-        raise IFVPUsageError("v contains NaN or infinity; remove those vectors first.")
+    check_finite(v, "v")
     flat = v.detach().reshape(-1, p).to(operator.device)
     try:
         solved = operator.solve(flat, damping)

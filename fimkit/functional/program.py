@@ -16,7 +16,7 @@ from fimkit.gradients.tree import map_tensors, tensors
 from fimkit.operators import Columns, DenseRows, RowMatrix
 from fimkit.operators.memory import chunks
 
-__all__ = ["Examples", "Gradients", "Losses", "Program", "check_callable"]
+__all__ = ["Examples", "Gradients", "Losses", "Program"]
 
 Losses = Tensor
 Gradients = list[Tensor]
@@ -221,14 +221,6 @@ class Examples:
             losses.append(loss)
             rows.append(gradients or [torch.zeros_like(p) for p in self.program.parameters])
         return torch.stack(losses), [torch.stack(row) for row in zip(*rows, strict=True)]
-
-
-def check_callable(func: Any) -> None:
-    """Refuse a ``func`` that cannot be called."""
-    if not callable(func):
-        raise IFVPUsageError(
-            f"func is a {type(func).__name__}; expected a callable that returns one loss."
-        )
 
 
 def _positions(argnums: int | tuple[int, ...], n: int) -> tuple[int, ...]:
