@@ -261,9 +261,9 @@ def _scalar(value: Any) -> Tensor:
         raise IFVPUsageError(f"func returned a {type(value).__name__}; {expected}.")
     if tuple(value.shape) not in ((), (1,)):
         raise IFVPUsageError(
-            f"func returned a tensor of shape {tuple(value.shape)}; {expected}. Reduce the losses "
-            "of a batch with .mean() or .sum(), or write func for one example and wrap it in "
-            "fimkit.functional.per_example(func, in_dims)."
+            f"func returned a tensor of shape {tuple(value.shape)}; {expected}. Reduce them with "
+            ".mean() or .sum(), or write func for one example and say with in_dims, of "
+            "fimkit.functional.per_example or ifvp_datainf, where the examples are."
         )
     if not value.is_floating_point():
         raise IFVPUsageError(f"func returned a tensor of dtype {value.dtype}; {expected}.")
