@@ -154,7 +154,7 @@ class LayerVectors:
         ]
         if len({len(some) for some in rows}) > 1:
             listed = ", ".join(f"{len(s)} in {name}" for s, name in zip(rows, names, strict=True))
-            raise IFVPUsageError(f"v holds unlike numbers of vectors: {listed}; give k everywhere.")
+            raise IFVPUsageError(f"v holds unlike numbers of vectors: {listed}; give the same k.")
 
         def restore(solved: list[Tensor]) -> Any:
             found: dict[int, Tensor] = {}
