@@ -18,7 +18,7 @@ through the smaller of the two matrices. As for the dual form of the exact Fishe
 float64 in chunks, whatever the rows are stored in.
 
 Kwon et al., "DataInf: efficiently estimating data influence in LoRA-tuned LLMs and diffusion
-models", ICLR 2024, eq. 5.
+models", ICLR 2024, section 3: the swap of mean and inverse, and its closed form.
 """
 
 from __future__ import annotations
