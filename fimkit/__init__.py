@@ -2,12 +2,13 @@
 
 from fimkit import functional, influence, losses
 from fimkit.data import ModelData
-from fimkit.estimators import EKFAC, KFAC, Diagonal, Explicit
+from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "DataInf",
     "Diagonal",
     "Explicit",
     "IFVPUsageError",

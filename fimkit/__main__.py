@@ -12,7 +12,12 @@ from fimkit._demo.digits import flipped_digits, train_network
 from fimkit._demo.evaluation import METHODS, baselines, evaluate
 from fimkit._demo.explanation import explain
 from fimkit._demo.picture import draw
-from fimkit._demo.report import explanation_lines, method_lines, network_lines
+from fimkit._demo.report import (
+    comparison_lines,
+    explanation_lines,
+    method_lines,
+    network_lines,
+)
 
 __all__ = ["main"]
 
@@ -43,13 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     digits = flipped_digits(arguments.seed)
     _stage("training a network on them")
     model = train_network(digits, arguments.seed)
-    _stage(f"fitting {arguments.method}, solving, checking, scoring")
-    result = evaluate(arguments.method, model, digits)
+    results = []
+    for method in METHODS if arguments.method == "all" else [arguments.method]:
+        _stage(f"fitting {method}, solving, checking, scoring")
+        results.append(evaluate(method, model, digits))
+    result = results[0]
     others = baselines(model, digits, arguments.seed)
     explanations = explain(model, digits, result.scores)
+    several = len(results) > 1
     lines = [
         *network_lines(model, digits),
-        *method_lines(result, others),
+        *(comparison_lines(results, others) if several else method_lines(result, others)),
         *explanation_lines(explanations),
     ]
     print("\n".join(lines), flush=True)
@@ -71,7 +80,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "digits helped and harmed a few test predictions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--method", choices=METHODS, default="explicit", help="the estimator")
+    parser.add_argument(
+        "--method",
+        choices=[*METHODS, "all"],
+        default="explicit",
+        help="the estimator, or all of them side by side",
+    )
     parser.add_argument(
         "--seed", type=_seed, default=0, help="of the split, the flipped labels and the training"
     )

@@ -52,6 +52,34 @@ def heuristic(matrix: Tensor) -> float:
     return 0.1 * float(matrix.diagonal().mean())
 
 
+def mean_of_inverses(
+    rows: Tensor, weights: Tensor, n: int, damping: float, *, together: bool
+) -> Tensor:
+    """Return ``(1/n) Σ_i (λI + F_i)⁻¹``, one inverse after the other.
+
+    Parameters
+    ----------
+    rows, weights : Tensor of shape (m, c, p), (m, c)
+    n : int
+        Number of examples. Those without rows have no gradient.
+    damping : float
+    together : bool
+        Whether ``F_i`` is the weighted sum over an example's rows. Otherwise every row has its
+        own inverse, and they are averaged by weight.
+    """
+    identity = torch.eye(rows.shape[2], dtype=rows.dtype)
+    out, left = torch.zeros_like(identity), float(n)
+    for example, shares in zip(rows, weights, strict=True):
+        outer = [torch.outer(row, row) for row in example]
+        if together:
+            outer = [sum(w * matrix for w, matrix in zip(shares, outer, strict=True))]
+            shares = torch.ones(1)
+        for share, matrix in zip(shares.tolist(), outer, strict=True):
+            out += share * torch.linalg.inv(damping * identity + matrix) / n
+            left -= share
+    return out + left / n * identity / damping
+
+
 class Weighted(NamedTuple):
     """Rows ``(n, c, p)`` of n examples, with the weight ``(n, c)`` of each in the Fisher."""
 

@@ -25,6 +25,8 @@ class OperatorSuite:
     """
 
     dampings = (1.0, 1e-3)
+    #: Whether there is a matrix without damping.
+    undamped = True
     #: Whether there is no inverse without damping.
     singular = True
     tolerance = 1e-11
@@ -45,15 +47,25 @@ class OperatorSuite:
     def operator(self):
         return self.make()
 
+    @property
+    def all_dampings(self):
+        """Every damping for which there is a matrix, the least first."""
+        return (0.0, *self.dampings) if self.undamped else self.dampings
+
+    def spanned(self):
+        """Return vectors that span the range of the matrix, as the gradients do."""
+        return self.dense(0.0)
+
     def vectors(self, k, dtype=torch.float64):
         """Return k vectors: in the range of the matrix, then random ones."""
-        matrix = self.dense(0.0)
-        random = torch.randn(k, len(matrix), dtype=torch.float64)
-        random[::2] = random[::2] @ matrix
+        spanned = self.spanned()
+        random = torch.randn(k, spanned.shape[1], dtype=torch.float64)
+        combined = torch.randn(k, len(spanned), dtype=torch.float64) @ spanned
+        random[::2] = combined[::2]
         return random.to(dtype)
 
     def test_shape(self, operator):
-        p = len(self.dense(0.0))
+        p = len(self.dense(1.0))
         assert (operator.size, operator.shape) == (p, (p, p))
         assert operator.device == torch.device("cpu")
 
@@ -61,10 +73,11 @@ class OperatorSuite:
     def test_products(self, operator, k):
         vectors = self.vectors(k)
         before = vectors.clone()
-        for damping in (0.0, *self.dampings):
+        for damping in self.all_dampings:
             expected = vectors @ self.dense(damping)
             assert error(operator.matmul(vectors, damping), expected) <= self.tolerance
-        assert error(operator.matmul(vectors), vectors @ self.dense(0.0)) <= self.tolerance
+        if self.undamped:
+            assert error(operator.matmul(vectors), vectors @ self.dense(0.0)) <= self.tolerance
         assert torch.equal(vectors, before)
 
     @pytest.mark.parametrize("k", [0, 1, 7, 40])
@@ -101,9 +114,10 @@ class OperatorSuite:
     def test_results_have_the_dtype_of_the_vectors(self, operator, dtype):
         vectors = self.vectors(3).div(10).to(dtype)
         eps = torch.finfo(dtype).eps
-        product = operator.matmul(vectors)
+        damping = self.all_dampings[0]
+        product = operator.matmul(vectors, damping)
         assert product.dtype == dtype
-        assert error(product, vectors.double() @ self.dense(0.0)) <= 4 * eps
+        assert error(product, vectors.double() @ self.dense(damping)) <= 4 * eps
         solution = operator.solve(vectors, 1.0)
         assert solution.dtype == dtype
         expected = torch.linalg.solve(self.dense(1.0), vectors.double().T).T
@@ -120,18 +134,26 @@ class OperatorSuite:
             assert error(method(vectors, 1.0), expected) <= self.tolerance
 
     def test_scalars_and_diagonal(self, operator):
-        matrix = self.dense(0.0)
-        assert error(operator.diagonal(), matrix.diagonal()) <= self.tolerance
-        assert operator.trace() == pytest.approx(float(matrix.trace()), rel=1e-12)
+        for damping in self.all_dampings:
+            matrix = self.dense(damping)
+            assert error(operator.diagonal(damping), matrix.diagonal()) <= self.tolerance
+            assert operator.trace(damping) == pytest.approx(float(matrix.trace()), rel=1e-11)
+        if self.undamped:
+            assert torch.equal(operator.diagonal(), operator.diagonal(0.0))
+            assert operator.trace() == operator.trace(0.0)
         for damping in self.dampings:
             expected = float(torch.linalg.slogdet(self.dense(damping))[1])
             assert operator.logdet(damping) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
     def test_dense(self, operator):
-        dense = operator.to_dense()
-        assert error(dense, self.dense(0.0)) <= self.tolerance
-        dense.zero_()
-        assert error(operator.to_dense(), self.dense(0.0)) <= self.tolerance, "a copy, not a view"
+        for damping in self.all_dampings:
+            dense = operator.to_dense(damping)
+            assert error(dense, self.dense(damping)) <= self.tolerance
+            dense.zero_()
+            again = operator.to_dense(damping)
+            assert error(again, self.dense(damping)) <= self.tolerance, "a copy, not a view"
+        if self.undamped:
+            assert torch.equal(operator.to_dense(), operator.to_dense(0.0))
 
     def test_spectrum(self, operator):
         vectors, spectrum = self.vectors(4), operator.spectrum()
@@ -154,9 +176,17 @@ class OperatorSuite:
             lambda damping: operator.inverse_quadratic(vectors, damping),
             lambda damping: operator.logdet(damping),
         ]
-        if torch.linalg.matrix_rank(self.dense(0.0)) < operator.size:
+        if not self.undamped:
+            attempts += [
+                lambda damping: operator.matmul(vectors, damping),
+                operator.diagonal,
+                operator.trace,
+                operator.to_dense,
+                lambda damping: operator.spectrum().quadratics(vectors, [damping]),
+            ]
+        if not self.undamped or torch.linalg.matrix_rank(self.dense(0.0)) < operator.size:
             attempts.append(lambda damping: operator.spectrum().logdets([damping]))
         for attempt in attempts:
-            for damping in (0.0, 1e-18 * operator.trace()):
+            for damping in (0.0, 1e-18 * float(self.spanned().square().sum())):
                 with pytest.raises(SingularFisherError, match="larger regularization"):
                     attempt(damping)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fimkit import Explicit, ModelData
+from fimkit import DataInf, Explicit, IFVPUsageError, ModelData
 from fimkit.influence import pairwise_scores
 from tests import reference
 from tests.cases import BY_NAME, N
@@ -123,3 +123,33 @@ def test_numbers_that_are_not_finite(device):
     x[7, 0] = torch.nan
     with pytest.raises(ValueError, match="batch 1: NaN"):
         Explicit().fit(case.model().to(device), [(x[:6], y[:6]), (x[6:], y[6:])])
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("storage", ["memory", "folder"])
+def test_datainf_equals_that_of_the_cpu(fisher, storage, device, tmp_path):
+    """Rows in a folder are met on the CPU; vectors come and go as they are."""
+    case = BY_NAME["mlp"]
+    expected = DataInf(fisher=fisher).fit(case.model(), case.batches(5))
+    model = case.model().to(device)
+    estimator = DataInf(fisher=fisher, storage=storage if storage == "memory" else tmp_path)
+    fitted = estimator.fit(model, case.batches(5))
+    home = device if storage == "memory" else torch.device("cpu")
+    assert fitted.device_ == fitted.fisher_.device == home
+    vectors = case.gradients
+    for method in ("transform", "inverse_transform"):
+        found = getattr(fitted, method)(vectors.to(device))
+        assert found.device == device
+        assert reference.error(found.cpu(), getattr(expected, method)(vectors)) <= 1e-9
+    own, cpu = (ModelData(m, case.batch(), batch_size=5) for m in (model, case.model()))
+    assert fitted.score(own) == pytest.approx(expected.score(cpu), rel=1e-9)
+    assert np.allclose(fitted.mahalanobis(own), expected.mahalanobis(cpu), rtol=1e-9)
+    scores = pairwise_scores(fitted, own, own)
+    assert np.allclose(scores, pairwise_scores(expected, cpu, cpu), rtol=1e-8)
+
+
+def test_rows_in_a_folder_of_a_gpu_are_refused(device, tmp_path):
+    case = BY_NAME["mlp"]
+    with pytest.raises(IFVPUsageError, match=r"device is cuda:.*, but rows in a folder"):
+        DataInf(storage=tmp_path, device=device).fit(case.model(), case.batches(5))
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fimkit import (
     EKFAC,
     KFAC,
+    DataInf,
     Diagonal,
     Explicit,
     IFVPUsageError,
@@ -480,7 +481,7 @@ class Failure:
 @pytest.mark.parametrize(
     ("estimator", "number"),
     [
-        *product([Explicit(1e-3), KFAC(1e-3), Diagonal(1e-3)], range(3)),
+        *product([Explicit(1e-3), DataInf(1e-3), KFAC(1e-3), Diagonal(1e-3)], range(3)),
         *product([EKFAC(1e-3, cache_budget=0)], range(6)),
     ],
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from fimkit import Explicit
 from fimkit.__main__ import main
 from fimkit._demo.digits import accuracy, flipped_digits, train_network
-from fimkit._demo.evaluation import METHODS, Detection, baselines, evaluate
+from fimkit._demo.evaluation import METHODS, Detection, baselines, correlations, evaluate
 from fimkit._demo.explanation import explain
 from fimkit._demo.reference import Reference
 from fimkit._demo.report import explanation_lines
@@ -141,6 +142,18 @@ def test_detection_is_the_area_under_the_curve_and_the_share_among_the_highest()
     assert Detection.of(np.array([1.0, 4.0, 2.0, 4.0, 5.0]), flipped) == Detection(0.0, 0.0)
 
 
+def test_correlations_are_means_over_test_digits():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4, 30))
+    others = scores + rng.normal(size=(4, 30)) * [[0.1], [1], [3], [10]]
+    others[0, :5] = others[0, 0]  # ties
+    pairs = list(zip(scores, others, strict=True))
+    pearson = np.mean([scipy.stats.pearsonr(*pair)[0] for pair in pairs])
+    spearman = np.mean([scipy.stats.spearmanr(*pair)[0] for pair in pairs])
+    assert correlations(scores, others) == pytest.approx((pearson, spearman))
+    assert correlations(scores, 2 * scores + 1) == pytest.approx((1, 1))
+
+
 def test_explanations_are_the_extreme_scores_and_mark_flipped_labels(trained, result):
     digits = trained.digits
     explanations = explain(trained.model, digits, result.scores)
@@ -224,12 +237,33 @@ def test_main_says_the_same_again_and_does_without_matplotlib(job, tmp_path, cap
     assert VARYING.sub("", output) == VARYING.sub("", job.out)
 
 
+@pytest.mark.slow
+def test_all_methods_side_by_side(trained, result, tmp_path, capsys):
+    """The exact method first, and its picture."""
+    assert main(["--method", "all", "--seed", str(SEED), "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert next(iter(METHODS)) == "explicit"
+    for method in METHODS:
+        other = evaluate(method, trained.model, trained.digits)
+        own, harm = other.detections.values()
+        pearson, spearman = correlations(other.scores, result.scores)
+        found = numbers(out, f"{method} ")[2:]
+        assert found == pytest.approx([own.auc, harm.auc, pearson, spearman], abs=6e-4)
+        assert (pearson == pytest.approx(1)) == (method == "explicit")
+        assert f"fitting {method}," in err
+    for name, detection in baselines(trained.model, trained.digits, SEED).items():
+        assert numbers(out, f"{name} ") == pytest.approx([detection.auc], abs=6e-4)
+    assert out.isascii()
+    (path,) = tmp_path.iterdir()
+    assert path.name == "digits-explicit.png"
+
+
 def test_help_names_the_methods(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in (*METHODS, "--seed", "--output"))
+    assert all(word in text for word in (*METHODS, "all", "--seed", "--output"))
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,6 @@ class TestBlockDiagonal(OperatorSuite):
         quadratics = operator.inverse_quadratic(vectors, dampings)
         assert error(quadratics, (vectors * expected).sum(1)) <= 1e-10
         assert abs(operator.logdet(dampings) - float(torch.linalg.slogdet(matrix)[1])) <= 1e-9
+        assert error(operator.diagonal(dampings), matrix.diagonal()) <= 1e-12
+        assert abs(operator.trace(dampings) - float(matrix.trace())) <= 1e-10
+        assert error(operator.to_dense(dampings), matrix) <= 1e-12

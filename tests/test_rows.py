@@ -133,6 +133,7 @@ KINDS = [
     Factors(positions=2, c=2, out=9, in_=8, bias=True),  # factors are smaller than rows
     Factors(positions=2, groups=3, out=2, in_=2, bias=True),
     Factors(groups=2, c=2),
+    Factors(positions=3, groups=2, c=2, out=9, in_=8, bias=True),
     Factors(transposed=True),
     Factors(transposed=True, bias=True, positions=3, c=2),
     Factors(n=1, positions=7, bias=True),
@@ -177,6 +178,20 @@ def test_dense(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("part", [slice(0, 5), slice(1, 4), slice(3, 3)], ids=str)
+def test_examples(kind, part):
+    """Rows of some examples, or of none, are of the same form and join the others."""
+    rows, dense = kind.make(), kind.dense()
+    some = rows.examples(part)
+    assert type(some) is type(rows)
+    assert (some.n, some.c, some.width) == (len(dense[part]), kind.c, dense.shape[2])
+    assert error(some.densify().rows, dense[part]) <= 1e-14
+    joined = join_rows([some, rows.examples(slice(0, 0)), rows])
+    assert type(joined) is type(rows)
+    assert error(joined.densify().rows, torch.cat([dense[part], dense])) <= 1e-14
+
+
+@every_kind
 @pytest.mark.parametrize("k", [0, 1, 2, 11])
 def test_project(kind, k):
     dense = kind.dense()
@@ -211,6 +226,7 @@ def test_gram_norms_and_diagonal(kind):
     flat = dense.flatten(0, 1)
     assert error(gram(rows), flat @ flat.T) <= 1e-13
     assert error(rows.squared_norms(torch.float64), dense.square().sum(2)) <= 1e-13
+    assert error(rows.example_grams(torch.float64), dense @ dense.mT) <= 1e-13
     weights = randn(rows.n, rows.c, seed=3).abs()
     expected = torch.einsum("nc,ncp->p", weights, dense.square())
     assert error(rows.diagonal(weights), expected) <= 1e-13
@@ -303,6 +319,8 @@ class TestRowMatrix:
         assert error(found, coefficients @ dense) <= 1e-13
         norms = matrix.squared_norms(torch.float64)
         assert error(norms, dense.square().sum(1)) <= 1e-13
+        examples = dense.view(5, 2, 22)
+        assert error(matrix.example_grams(torch.float64), examples @ examples.mT) <= 1e-13
         weights = randn(10).abs()
         assert error(matrix.diagonal(weights), weights @ dense.square()) <= 1e-13
 

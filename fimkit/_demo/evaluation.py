@@ -9,22 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fimkit import EKFAC, KFAC, Diagonal, Explicit, ModelData, influence
+from fimkit import EKFAC, KFAC, DataInf, Diagonal, Explicit, ModelData, influence
 from fimkit._demo.digits import Digits
 from fimkit._demo.reference import Reference
 from fimkit.estimators.base import FisherEstimator
 
-__all__ = ["METHODS", "Detection", "MethodResult", "baselines", "evaluate"]
+__all__ = ["METHODS", "Detection", "MethodResult", "baselines", "correlations", "evaluate"]
 
 Numbers = npt.NDArray[np.float64]
 
-# Each method by its name, made from λ.
+# Each method by its name, made from λ; the exact one first.
 METHODS: dict[str, Callable[[float], FisherEstimator]] = {
     "explicit": Explicit,
+    "datainf": DataInf,
     "ekfac": EKFAC,
     "kfac": KFAC,
     "diagonal": Diagonal,
@@ -124,6 +126,28 @@ def evaluate(method: str, model: nn.Module, digits: Digits) -> MethodResult:
             "harm to all test losses": Detection.of(-scores.sum(0), digits.flipped),
         },
     )
+
+
+def correlations(scores: Numbers, others: Numbers) -> tuple[float, float]:
+    """Return Pearson's and Spearman's correlation of two methods' scores.
+
+    Parameters
+    ----------
+    scores, others : ndarray of shape (n_test, n_train)
+
+    Returns
+    -------
+    pearson, spearman : float
+        Over training digits, the mean over test digits.
+    """
+
+    def of(left: Numbers, right: Numbers) -> float:
+        left = left - left.mean(1, keepdims=True)
+        right = right - right.mean(1, keepdims=True)
+        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        return float(((left * right).sum(1) / norms).mean())
+
+    return of(scores, others), of(rankdata(scores, axis=1), rankdata(others, axis=1))
 
 
 def baselines(model: nn.Module, digits: Digits, seed: int) -> dict[str, Detection]:

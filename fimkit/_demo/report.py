@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fimkit._demo.digits import Digits, accuracy
-from fimkit._demo.evaluation import Detection, MethodResult
+from fimkit._demo.evaluation import Detection, MethodResult, correlations
 from fimkit._demo.explanation import Explanation, TrainingDigit
 
-__all__ = ["explanation_lines", "method_lines", "network_lines"]
+__all__ = ["comparison_lines", "explanation_lines", "method_lines", "network_lines"]
 
 
 def network_lines(model: nn.Module, digits: Digits) -> list[str]:
@@ -48,6 +48,37 @@ def method_lines(result: MethodResult, baselines: Mapping[str, Detection]) -> li
     ]
     for name, detection in (*result.detections.items(), *baselines.items()):
         lines.append(f"  {name:24}{detection.auc:>9.3f}{detection.precision:>30.3f}")
+    return lines
+
+
+def comparison_lines(
+    results: Sequence[MethodResult], baselines: Mapping[str, Detection]
+) -> list[str]:
+    """Put several methods side by side, the first of which the others are compared with."""
+    exact = results[0]
+    lines = [
+        _heading("The methods side by side"),
+        _fact("lambda", f"{exact.damping:.3g}", "0.1 trace(F) / p, as 'auto' has it, for all"),
+        _fact("peak memory", _peak_memory(), "resident, the whole process from its start"),
+        "",
+        f"{'':21}{'seconds':>17}{'flipped labels, AUC':>25}{f'with {exact.method}':>21}",
+        f"{'':21}{'fit':>7}{'transform':>10}{'self-infl.':>17}{'harm':>8}"
+        f"{'Pearson':>12}{'Spearman':>9}",
+    ]
+    for result in results:
+        own, harm = result.detections.values()
+        pearson, spearman = correlations(result.scores, exact.scores)
+        lines.append(
+            f"  {result.method:19}{result.fit_seconds:>7.2f}{result.transform_seconds:>10.2f}"
+            f"{own.auc:>17.3f}{harm.auc:>8.3f}{pearson:>12.3f}{spearman:>9.3f}"
+        )
+    for name, detection in baselines.items():
+        lines.append(f"  {name:19}{detection.auc:>34.3f}")
+    lines += [
+        "",
+        "  Correlations are of a test digit's influence scores over the training digits, the",
+        f"  mean over {len(exact.scores)} test digits.",
+    ]
     return lines
 
 

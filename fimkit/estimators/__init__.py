@@ -1,6 +1,7 @@
 """What a user holds: one estimator per method."""
 
+from fimkit.estimators.datainf import DataInf
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
 
-__all__ = ["EKFAC", "KFAC", "Diagonal", "Explicit"]
+__all__ = ["EKFAC", "KFAC", "DataInf", "Diagonal", "Explicit"]

@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from fimkit.data import ModelData, check_model_data
+from fimkit.estimators.blocks import block_columns, block_names
 from fimkit.estimators.regularization import (
     block_regularizations,
     given_regularizations,
@@ -299,6 +300,14 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         """Return λ as one number, or as one per block."""
         sizes = {block: columns.size for block, columns in self._blocks.items()}
         return resolve_regularization(self.regularization, sizes, self._traces)
+
+    def _divide(self, run: Run, blocks: Any) -> dict[str, Columns]:
+        """Return where each block's parameters lie, having told the run, before any pass."""
+        names = block_names(run.space, blocks)
+        if not isinstance(self.regularization, str):
+            block_regularizations(self.regularization, list(names))
+        run.blocks = {name: i for i, members in enumerate(names.values()) for name in members}
+        return {block: block_columns(run.space, members) for block, members in names.items()}
 
     # -- vectors -------------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fimkit.exceptions import IFVPUsageError
@@ -96,26 +98,34 @@ def _why_unmatched(model: nn.Module, pattern: str) -> str:
     return f"matches only frozen parameters ({matched[0]!r}, …); call requires_grad_() on them"
 
 
-def block_names(
-    space: ParameterSpace, blocks: str | Mapping[str, str | Sequence[str]]
-) -> dict[str, tuple[str, ...]]:
+def block_names(space: ParameterSpace, blocks: Any) -> dict[str, tuple[str, ...]]:
     """Divide parameters into named blocks.
 
     Parameters
     ----------
     space : ParameterSpace
-    blocks : {"all", "layer", "parameter"} or mapping
-        One block; one per module that owns parameters; one per parameter; or block names with
-        the parameter names or glob patterns in each.
+    blocks : {"all", "layer", "parameter"}, mapping, or sequence of int
+        One block; one per module that owns parameters; one per parameter; block names with
+        the parameter names or glob patterns in each; or one number per parameter, in order, with
+        parameters of the same number in one block.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        The parameters in each block. The blocks are in the order of their first parameters, of
+        the mapping, or of their numbers.
 
     Raises
     ------
     IFVPUsageError
         If a mapping's pattern matches nothing, or a parameter is in no block or in two, or a block
-        has no parameter, or a name that is no string.
+        has no parameter, or a name that is no string; or if
+        there are not as many numbers as parameters.
     """
     if isinstance(blocks, Mapping):
         return _mapped_blocks(space, blocks)
+    if not isinstance(blocks, str):
+        return _numbered_blocks(space, blocks)
     divided: dict[str, list[str]] = {}
     for name in space.shapes:
         owner = {"all": "all", "layer": name.rpartition(".")[0] or "model", "parameter": name}
@@ -133,6 +143,33 @@ def block_columns(space: ParameterSpace, names: Sequence[str]) -> Columns:
         else:
             parts.append(place)
     return Columns(tuple(parts))
+
+
+def _numbered_blocks(space: ParameterSpace, blocks: Any) -> dict[str, tuple[str, ...]]:
+    if isinstance(blocks, Tensor | np.ndarray):
+        blocks = blocks.tolist()
+    if not isinstance(blocks, Sequence):
+        raise IFVPUsageError(
+            f"blocks={blocks!r}; expected a name, a mapping, or a sequence of one number per "
+            "parameter."
+        )
+    numbers = list(blocks)
+    for number in numbers:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
+            raise IFVPUsageError(
+                f"blocks has {number!r}, which is not the number of a block; expected one integer "
+                "of at least 0 per parameter."
+            )
+    if len(numbers) != len(space.shapes):
+        names = ", ".join(map(repr, space.shapes))
+        raise IFVPUsageError(
+            f"blocks has {len(numbers)} numbers; expected one per fitted parameter, in order: "
+            f"{len(space.shapes)} ({names})."
+        )
+    divided: dict[int, list[str]] = {int(number): [] for number in sorted(numbers)}
+    for name, number in zip(space.shapes, numbers, strict=True):
+        divided[int(number)].append(name)
+    return {str(number): tuple(names) for number, names in divided.items()}
 
 
 def _mapped_blocks(

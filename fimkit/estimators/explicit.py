@@ -8,7 +8,6 @@ from typing import Any
 from sklearn.utils._param_validation import StrOptions
 
 from fimkit.estimators.base import FisherEstimator, compose
-from fimkit.estimators.blocks import block_columns, block_names
 from fimkit.estimators.run import Run
 from fimkit.statistics import FisherAccumulator, Solver
 
@@ -60,9 +59,9 @@ class Explicit(FisherEstimator):
         Show progress when not 0.
     solver : {"auto", "primal", "dual"}, default="auto"
         The p × p matrix, the Gram matrix, or the smaller of the two.
-    blocks : {"all", "layer", "parameter"} or mapping, default="all"
-        Keep all of F, or its diagonal blocks by module, by parameter, or by a mapping of block
-        name to parameter names or patterns.
+    blocks : {"all", "layer", "parameter"}, mapping or sequence of int, default="all"
+        Keep all of F, or its diagonal blocks by module, by parameter, by a mapping of block
+        name to parameter names or patterns, or by one number per parameter, in order.
 
     Attributes
     ----------
@@ -105,7 +104,7 @@ class Explicit(FisherEstimator):
     _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012
         **FisherEstimator._parameter_constraints,
         "solver": [StrOptions({"auto", "primal", "dual"})],
-        "blocks": [StrOptions({"all", "layer", "parameter"}), Mapping],
+        "blocks": [StrOptions({"all", "layer", "parameter"}), Mapping, "array-like"],
     }
 
     def __init__(
@@ -138,9 +137,7 @@ class Explicit(FisherEstimator):
         self.blocks = blocks
 
     def _fit(self, run: Run) -> dict[str, Any]:
-        names = block_names(run.space, self.blocks)
-        columns = {block: block_columns(run.space, members) for block, members in names.items()}
-        run.blocks = {name: i for i, members in enumerate(names.values()) for name in members}
+        columns = self._divide(run, self.blocks)
         accumulators = {
             block: FisherAccumulator(part.size, run.device, self.solver)
             for block, part in columns.items()

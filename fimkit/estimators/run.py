@@ -110,6 +110,11 @@ class Run:
             )
         return self._made
 
+    def keep_on(self, device: torch.device) -> None:
+        """Keep rows and statistics on this device, wherever the model is; before any pass."""
+        self.device = device
+        self.settings = replace(self.settings, device=device)
+
     def gradients(self, start: int = 0) -> Iterator[BatchGradients]:
         """Yield the per-example gradients of every batch.
 

@@ -15,7 +15,10 @@ __all__ = ["Operator"]
 class Operator(ABC):
     """A symmetric positive semi-definite ``(p, p)`` matrix ``F`` that is applied, not indexed.
 
-    ``F`` itself is undamped; ``damping`` is an argument of everything that concerns its inverse.
+    ``F`` itself is undamped; ``damping`` is an argument of everything that is asked of it. An
+    operator that approximates the damped inverse itself has no ``F``: its ``F + damping I`` is the
+    inverse of what `solve` multiplies by, and there is none without damping.
+
     Vectors are ``(k, p)`` tensors of any floating dtype on the operator's device; results have the
     vectors' dtype, whatever precision the arithmetic needs. Scalars are float64.
     """
@@ -43,12 +46,12 @@ class Operator(ABC):
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
 
     @abstractmethod
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of ``F``, shape ``(p,)``."""
+    def diagonal(self, damping: float = 0.0) -> Tensor:
+        """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
 
     @abstractmethod
-    def trace(self) -> float:
-        """Return the trace of ``F``."""
+    def trace(self, damping: float = 0.0) -> float:
+        """Return the trace of ``F + damping I``."""
 
     @abstractmethod
     def logdet(self, damping: float) -> float:
@@ -59,5 +62,5 @@ class Operator(ABC):
         """Return what gives inverse quadratic forms and log determinants at many dampings."""
 
     @abstractmethod
-    def to_dense(self) -> Tensor:
-        """Return ``F`` as a ``(p, p)`` tensor."""
+    def to_dense(self, damping: float = 0.0) -> Tensor:
+        """Return ``F + damping I`` as a ``(p, p)`` tensor."""

@@ -52,17 +52,19 @@ class BlockDiagonalOperator(Operator):
         ]
         return torch.stack(parts).sum(0)
 
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of ``F``, shape ``(p,)``."""
-        parts = [(columns, operator.diagonal()) for columns, operator in self.blocks.values()]
+    def diagonal(self, damping: float | Sequence[float] = 0.0) -> Tensor:
+        """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
+        parts = [
+            (columns, block.diagonal(value)) for (columns, block), value in self._damped(damping)
+        ]
         out = parts[0][1].new_empty(self.size)
         for columns, values in parts:
             columns.put(out[None], values[None])
         return out
 
-    def trace(self) -> float:
-        """Return the trace of ``F``."""
-        return sum(operator.trace() for _, operator in self.blocks.values())
+    def trace(self, damping: float | Sequence[float] = 0.0) -> float:
+        """Return the trace of ``F + damping I``."""
+        return sum(operator.trace(value) for (_, operator), value in self._damped(damping))
 
     def logdet(self, damping: float | Sequence[float]) -> float:
         """Return ``log det(F + damping I)``."""
@@ -74,9 +76,11 @@ class BlockDiagonalOperator(Operator):
             [(columns, operator.spectrum()) for columns, operator in self.blocks.values()]
         )
 
-    def to_dense(self) -> Tensor:
-        """Return ``F`` as a ``(p, p)`` tensor."""
-        parts = [(columns, operator.to_dense()) for columns, operator in self.blocks.values()]
+    def to_dense(self, damping: float | Sequence[float] = 0.0) -> Tensor:
+        """Return ``F + damping I`` as a ``(p, p)`` tensor."""
+        parts = [
+            (columns, block.to_dense(value)) for (columns, block), value in self._damped(damping)
+        ]
         out = parts[0][1].new_zeros((self.size, self.size))
         for columns, matrix in parts:
             indices = torch.cat(

@@ -45,13 +45,13 @@ class DenseOperator(Operator):
         white = self._cholesky.whiten(vectors.to(self.matrix.dtype).T, damping)
         return white.square().sum(0)
 
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of ``F``, shape ``(p,)``."""
-        return self.matrix.diagonal().clone()
+    def diagonal(self, damping: float = 0.0) -> Tensor:
+        """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
+        return self.matrix.diagonal() + damping
 
-    def trace(self) -> float:
-        """Return the trace of ``F``."""
-        return self._cholesky.trace()
+    def trace(self, damping: float = 0.0) -> float:
+        """Return the trace of ``F + damping I``."""
+        return self._cholesky.trace() + damping * self.size
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""
@@ -68,9 +68,11 @@ class DenseOperator(Operator):
 
         return EigenSpectrum(eigenvalues, 0, coordinates)
 
-    def to_dense(self) -> Tensor:
-        """Return ``F`` as a ``(p, p)`` tensor."""
-        return self.matrix.clone()
+    def to_dense(self, damping: float = 0.0) -> Tensor:
+        """Return ``F + damping I`` as a ``(p, p)`` tensor."""
+        out = self.matrix.clone()
+        out.diagonal().add_(damping)
+        return out
 
     def _check(self, damping: float) -> None:
         if self._cholesky.is_singular(damping):

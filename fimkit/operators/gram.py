@@ -86,13 +86,13 @@ class GramOperator(Operator):
         norms = [vectors[some].to(wide).square().sum(1) for some in parts]
         return torch.cat(norms) if norms else self.gram.new_empty(0)
 
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of ``F``, shape ``(p,)``."""
-        return self.rows.diagonal(self._scale.square())
+    def diagonal(self, damping: float = 0.0) -> Tensor:
+        """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
+        return self.rows.diagonal(self._scale.square()).add_(damping)
 
-    def trace(self) -> float:
-        """Return the trace of ``F``."""
-        return self._cholesky.trace()
+    def trace(self, damping: float = 0.0) -> float:
+        """Return the trace of ``F + damping I``."""
+        return self._cholesky.trace() + damping * self.size
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""
@@ -112,13 +112,14 @@ class GramOperator(Operator):
 
         return EigenSpectrum(eigenvalues, self.size - len(eigenvalues), coordinates)
 
-    def to_dense(self) -> Tensor:
-        """Return ``F`` as a ``(p, p)`` tensor."""
+    def to_dense(self, damping: float = 0.0) -> Tensor:
+        """Return ``F + damping I`` as a ``(p, p)`` tensor."""
         out = self.gram.new_zeros((self.size, self.size))
         scale = self._scale.view(self.rows.n, self.rows.c)
         for part in chunks(self.rows.n, self.rows.c * self.size * out.element_size()):
             rows = self.rows.dense(part, out.dtype) * scale[part].reshape(-1, 1)
             out.addmm_(rows.T, rows)
+        out.diagonal().add_(damping)
         return out
 
     def _project(self, vectors: Tensor) -> Tensor:

@@ -72,18 +72,18 @@ class EigenKroneckerOperator(Operator):
         self._check(damping)
         return self.spectrum().quadratics(vectors, [damping])[0]
 
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of ``F``, shape ``(p,)``."""
+    def diagonal(self, damping: float = 0.0) -> Tensor:
+        """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
         values = self.eigenvalues
         if self.output_basis is not None:
             values = self.output_basis.square() @ values
         if self.input_basis is not None:
             values = values @ self.input_basis.square().mT
-        return self.layout.flatten(values[None])[0]
+        return self.layout.flatten(values[None])[0] + damping
 
-    def trace(self) -> float:
-        """Return the trace of ``F``."""
-        return float(self._wide_eigenvalues().sum())
+    def trace(self, damping: float = 0.0) -> float:
+        """Return the trace of ``F + damping I``."""
+        return float(self._wide_eigenvalues().sum()) + damping * self.size
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""
@@ -100,9 +100,10 @@ class EigenKroneckerOperator(Operator):
 
         return EigenSpectrum(self._wide_eigenvalues(), 0, coordinates, self.eigenvalues.dtype)
 
-    def to_dense(self) -> Tensor:
-        """Return ``F`` as a ``(p, p)`` tensor."""
-        return self.matmul(torch.eye(self.size, dtype=self.eigenvalues.dtype, device=self.device))
+    def to_dense(self, damping: float = 0.0) -> Tensor:
+        """Return ``F + damping I`` as a ``(p, p)`` tensor."""
+        eye = torch.eye(self.size, dtype=self.eigenvalues.dtype, device=self.device)
+        return self.matmul(eye, damping)
 
     def _scaled(self, vectors: Tensor, scale: Tensor) -> Tensor:
         out = torch.empty_like(vectors)

@@ -37,6 +37,16 @@ class LookupRows(Rows):
         self.width = vocabulary * self.features
         self.dtype, self.device = signals.dtype, signals.device
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The indices and the signals."""
+        return self.indices, self.signals
+
+    def with_tensors(self, *tensors: Tensor) -> LookupRows:
+        """Return rows of the same form that are stored in other tensors."""
+        indices, signals = tensors
+        return LookupRows(indices, signals, self.vocabulary)
+
     def magnitudes(self) -> LookupRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return LookupRows(self.indices, self.signals.abs(), self.vocabulary)
@@ -99,6 +109,14 @@ class LookupRows(Rows):
         out = []
         for same, s in self._coincidences(dtype):
             out.append(((s @ s.transpose(2, 3)) * same[:, None]).sum((2, 3)))
+        return torch.cat(out)
+
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        out = [
+            (same[:, None] @ s).flatten(2) @ s.flatten(2).mT
+            for same, s in self._coincidences(dtype)
+        ]
         return torch.cat(out)
 
     def diagonal(self, weights: Tensor) -> Tensor:

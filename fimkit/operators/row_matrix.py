@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from fimkit.operators.memory import chunks
 from fimkit.operators.rows import Rows, join_rows
 
-__all__ = ["Columns", "RowMatrix"]
+__all__ = ["Columns", "RowMatrix", "join_weights"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,10 @@ class RowMatrix:
         norms = [rows.squared_norms(dtype) for _, rows in self.groups]
         return torch.stack(norms).sum(0).flatten()
 
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own unweighted rows, shape ``(n, c, c)``."""
+        return torch.stack([rows.example_grams(dtype) for _, rows in self.groups]).sum(0)
+
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n * c,)`` weights, shape ``(p,)``."""
         out = weights.new_zeros(self.size)
@@ -169,14 +173,18 @@ class RowMatrix:
     @classmethod
     def cat(cls, parts: Sequence[RowMatrix]) -> RowMatrix:
         """Join the examples of all parts, which have the same groups."""
-        weights = None
-        if parts[0].weights is not None:
-            c = max(part.c for part in parts)
-            weights = torch.cat(
-                [pad(part.weights, (0, c - part.c)) for part in parts if part.weights is not None]
-            )
+        weights = join_weights([part.weights for part in parts])
         groups = [
             (columns, join_rows([part.groups[i][1] for part in parts]))
             for i, (columns, _) in enumerate(parts[0].groups)
         ]
         return cls(groups, parts[0].size, weights)
+
+
+def join_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join ``(n, c)`` weights, with zeros where an example has fewer rows; None where none is."""
+    given = [part for part in parts if part is not None]
+    if not given:
+        return None
+    c = max(part.shape[1] for part in given)
+    return torch.cat([pad(part, (0, c - part.shape[1])) for part in given])

@@ -4,7 +4,7 @@ For a linear map the gradient of example i is :math:`G_i = \sum_t s_{it} a_{it}^
 positions. Kept as the pair (a, s), n gradients of ``out * in`` numbers take ``n * T * (in + out)``,
 and everything that is asked of them is one of four operations:
 
-- ``gram``: :math:`\langle g_i, g_j \rangle`,
+- ``gram``: :math:`\langle g_i, g_j \rangle`, of all pairs or within each example,
 - ``squared_norms``: :math:`\|g_i\|^2`,
 - ``project``: :math:`\langle g_i, V \rangle = \sum_t s_{it}^\top V a_{it}`,
 - ``combine``: :math:`\sum_i c_i g_i = \sum_{it} c_i s_{it} a_{it}^\top`.
@@ -47,6 +47,19 @@ class Rows(ABC):
     def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
 
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored: tensors with the examples along their first dimension."""
+
+    @abstractmethod
+    def with_tensors(self, *tensors: Tensor) -> Rows:
+        """Return rows of the same form that are stored in other tensors."""
+
+    def examples(self, part: slice) -> Rows:
+        """Return the rows of some examples, in the same form."""
+        return self.with_tensors(*(tensor[part] for tensor in self.tensors))
+
     @abstractmethod
     def magnitudes(self) -> Rows:
         """Return rows that bound the sizes of what was added up in each entry."""
@@ -62,7 +75,7 @@ class Rows(ABC):
 
     def densify(self) -> DenseRows:
         """Return the same rows stored as they are, in the dtype they are kept in."""
-        parts = self._dense_chunks(self.dtype.itemsize)
+        parts = self._dense_chunks(self.dtype.itemsize) or [slice(0, 0)]
         return DenseRows(torch.cat([self.dense(part, self.dtype) for part in parts]))
 
     def _dense_chunks(self, itemsize: int) -> list[slice]:
@@ -90,6 +103,14 @@ class Rows(ABC):
         """Squared Euclidean norm of every row, shape ``(n, c)``."""
         parts = self._dense_chunks(dtype.itemsize)
         return torch.cat([self.dense(part, dtype).square().sum(2) for part in parts])
+
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        out = torch.empty((self.n, self.c, self.c), dtype=dtype, device=self.device)
+        for part in self._dense_chunks(dtype.itemsize):
+            rows = self.dense(part, dtype)
+            torch.bmm(rows, rows.mT, out=out[part])
+        return out
 
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
@@ -148,6 +169,19 @@ class ZeroRows(Rows):
         m = part.stop - part.start
         return torch.zeros((), dtype=dtype, device=self.device).expand(m, self.c, self.width)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def with_tensors(self, *tensors: Tensor) -> ZeroRows:
+        """Return these rows."""
+        return self
+
+    def examples(self, part: slice) -> ZeroRows:
+        """Return the rows of some examples, in the same form."""
+        return self.zeros(len(range(self.n)[part]), self.c)
+
     def magnitudes(self) -> ZeroRows:
         """Return rows that bound the sizes of what was added up in each entry."""
         return self
@@ -174,6 +208,10 @@ class ZeroRows(Rows):
         """Squared Euclidean norm of every row, shape ``(n, c)``."""
         return torch.zeros((self.n, self.c), dtype=dtype, device=self.device)
 
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        return torch.zeros((self.n, self.c, self.c), dtype=dtype, device=self.device)
+
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
         return weights.new_zeros(self.width)
@@ -198,6 +236,15 @@ class DenseRows(Rows):
     def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
         return self.rows[part].to(dtype)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The rows."""
+        return (self.rows,)
+
+    def with_tensors(self, *tensors: Tensor) -> DenseRows:
+        """Return rows of the same form that are stored in another tensor."""
+        return DenseRows(*tensors)
 
     def magnitudes(self) -> DenseRows:
         """Return rows that bound the sizes of what was added up in each entry."""
@@ -240,6 +287,16 @@ class FactoredRows(Rows):
         self.width = layout.size
         self.dtype, self.device = signals.dtype, signals.device
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The inputs and the signals."""
+        return self.inputs, self.signals
+
+    def with_tensors(self, *tensors: Tensor) -> FactoredRows:
+        """Return rows of the same form that are stored in other tensors."""
+        inputs, signals = tensors
+        return FactoredRows(inputs, signals, self.layout)
+
     def magnitudes(self) -> FactoredRows:
         """Return the rows of magnitudes, a bound on what was added up in each entry."""
         return FactoredRows(self.inputs.abs(), self.signals.abs(), self.layout)
@@ -278,7 +335,8 @@ class FactoredRows(Rows):
         s = self.signals[part].to(dtype)
         m = s.shape[0]
         # (m, groups, c * out, T) @ (m, groups, T, columns)
-        s = s.permute(0, 3, 1, 4, 2).reshape(m, self.layout.groups, -1, self.positions)
+        s = s.permute(0, 3, 1, 4, 2)
+        s = s.reshape(m, self.layout.groups, self.c * self.layout.out, self.positions)
         rows = (s @ a.transpose(1, 2)).view(
             m, self.layout.groups, self.c, self.layout.out, self.layout.columns
         )
@@ -343,6 +401,21 @@ class FactoredRows(Rows):
             ss = s @ s.transpose(-1, -2)
             out.append((aa[:, None] * ss).sum((2, 3, 4)))
         return torch.cat(out)
+
+    def example_grams(self, dtype: torch.dtype) -> Tensor:
+        """Inner products of each example's own rows, shape ``(n, c, c)``."""
+        t, out, columns = self.positions, self.layout.out, self.layout.columns
+        by_rows = self.c * out * columns * (t + self.c)
+        if t * (t * (self.c * out + columns) + self.c**2 * out) >= by_rows:
+            return super().example_grams(dtype)
+        grams = torch.empty((self.n, self.c, self.c), dtype=dtype, device=self.device)
+        each = self.layout.groups * t * (columns + t + 2 * self.c * out) * dtype.itemsize
+        for part in chunks(self.n, each):
+            a = self.inputs[part].to(dtype).transpose(1, 2)
+            s = self.signals[part].to(dtype).permute(0, 3, 1, 2, 4)  # (m, groups, c, T, out)
+            met = (a @ a.mT)[:, :, None] @ s
+            grams[part] = (met.flatten(3) @ s.flatten(3).mT).sum(1)
+        return grams
 
     def diagonal(self, weights: Tensor) -> Tensor:
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""

@@ -9,13 +9,16 @@ from fimkit.statistics.kronecker import (
     set_eigenbases,
 )
 from fimkit.statistics.rows import RowAccumulator
+from fimkit.statistics.storage import RowFolder, StoredRowAccumulator
 
 __all__ = [
     "DiagonalAccumulator",
     "FisherAccumulator",
     "LayerStatistics",
     "RowAccumulator",
+    "RowFolder",
     "Solver",
+    "StoredRowAccumulator",
     "WeightSharing",
     "layer_statistics",
     "set_eigenbases",
