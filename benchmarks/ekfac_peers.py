@@ -149,11 +149,11 @@ def make_case(name, seed=0):
     return CASES[name]()
 
 
-def fimkit(problem):
+def fimkit(problem, **options):
     from fimkit import EKFAC
 
     def run():
-        estimator = EKFAC(regularization=problem.damping, fisher=problem.fisher)
+        estimator = EKFAC(regularization=problem.damping, fisher=problem.fisher, **options)
         ifvp = estimator.fit(problem.model, problem.loader).transform(problem.vector)
         traces = {name: v.sum().item() for name, v in estimator.eigenvalues_.items()}
         return Result(traces, ifvp, estimator)

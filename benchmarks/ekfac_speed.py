@@ -12,6 +12,9 @@ cnn          three 3x3 convolutions (32, 64, 64 channels) with pooling and a lin
 In each, the contenders that take part cover every parameter (LayerNorms have none), and data are
 random: what is computed does not depend on it.
 
+"lean" is fimkit with ``cache_budget=0``: nothing is kept between the passes, so that the model runs
+twice, as in curvlinops and kronfluence.
+
 Contenders take turns, one warm-up round and then ``--repeats`` rounds in rotating order; a slow
 one takes part in the first ``--slow-repeats`` rounds only, without warm-up. Printed are wall-clock
 and CPU seconds, the ratio of median wall-clock to fimkit's, the highest resident set of a fresh
@@ -32,6 +35,7 @@ import copy
 import json
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -50,7 +54,8 @@ from benchmarks.common import (
 )
 from benchmarks.ekfac_peers import CASES, CONTENDERS, make_case
 
-ALL = {**CONTENDERS, "floor": ekfac_floor.floor}
+OWN = {"lean": partial(CONTENDERS["fimkit"], cache_budget=0), "floor": ekfac_floor.floor}
+ALL = {**CONTENDERS, **OWN}
 # What takes no part, and why.
 EXCLUDED = {("transformer", "nngeometry"): "its Linear takes one position per example only"}
 SLOW = {("mlp", "kronfluence")}
@@ -143,8 +148,7 @@ def main():
         return
     print(machine())
     names = installed(name for name in args.only if name in CONTENDERS)
-    if "floor" in args.only:
-        names.append("floor")
+    names += [name for name in OWN if name in args.only]
     for case in args.cases:
         compare(case, names, args)
 

@@ -1,6 +1,6 @@
 """Factored rows against the outer products that they stand for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -230,6 +230,59 @@ def test_gram_norms_and_diagonal(kind):
     weights = randn(rows.n, rows.c, seed=3).abs()
     expected = torch.einsum("nc,ncp->p", weights, dense.square())
     assert error(rows.diagonal(weights), expected) <= 1e-13
+
+
+OTHERS = {
+    "as many positions": lambda kind: replace(kind, n=3),
+    "other positions": lambda kind: replace(kind, n=6, positions=5),
+    "one position": lambda kind: replace(kind, n=6, positions=1),
+    "more rows": lambda kind: replace(kind, n=4, c=4),
+    "stored": lambda kind: Stored(n=3, c=2, width=kind.dense().shape[2]),
+    "zero": lambda kind: Zeros(n=3, c=1, width=kind.dense().shape[2]),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("name", OTHERS)
+def test_products(kind, name):
+    """Inner products with the rows of another matrix, in the same form or not."""
+    if "position" in name and not hasattr(kind, "positions"):
+        pytest.skip("rows without positions")
+    other = OTHERS[name](kind)
+    own, theirs = (k.make() for k in (kind, other))
+    width = own.width
+    expected = kind.dense().flatten(0, 1) @ other.dense().flatten(0, 1).T
+    whole = Columns((slice(0, width),))
+    matrices = [RowMatrix([(whole, rows)], width) for rows in (own, theirs)]
+    cpu = torch.device("cpu")
+    assert error(matrices[0].products(matrices[1], torch.float64, cpu), expected) <= 1e-13
+    assert error(matrices[1].products(matrices[0], torch.float64, cpu), expected.T) <= 1e-13
+
+
+@pytest.mark.parametrize("kind", MANY, ids=repr)
+def test_products_of_many_rows(kind):
+    other = replace(kind, n=kind.n - 7)
+    out = torch.zeros(kind.n * kind.c, other.n * other.c, dtype=torch.float64)
+    kind.make().add_products(other.make(), out)
+    assert error(out, kind.dense().flatten(0, 1) @ other.dense().flatten(0, 1).T) <= 1e-13
+
+
+def test_products_of_parameters_grouped_otherwise():
+    """A bias that is folded in here may be apart there."""
+    kind = Factors(n=4, positions=2, bias=True)
+    dense = kind.dense().flatten(0, 1)
+    parts = [slice(0, 12), slice(12, 15)]
+    paired = RowMatrix([(Columns(tuple(parts)), kind.make())], 15)
+    apart = RowMatrix([(Columns((p,)), DenseRows(dense[:, None, p])) for p in parts], 15)
+    for one, other in ((paired, apart), (apart, paired)):
+        found = one.products(other, torch.float64, torch.device("cpu"))
+        assert error(found, dense @ dense.T) <= 1e-13
+
+
+def test_a_block_does_not_lose_half_a_group():
+    rows = RowMatrix([(Columns((slice(0, 12), slice(12, 15))), Factors(bias=True).make())], 15)
+    with pytest.raises(ValueError, match="across"):
+        rows.block(Columns((slice(0, 12),)))
 
 
 @every_kind

@@ -37,7 +37,6 @@ from fimkit.gradients import (
 )
 from fimkit.losses import LOSSES, Loss
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
-from fimkit.operators.memory import chunks
 
 __all__ = ["FisherEstimator", "components", "compose"]
 
@@ -333,29 +332,19 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             )
         return np.concatenate(
             [
-                function(dense[:, 0]).cpu().numpy()
-                for dense, _ in self._dense_batches(vectors, "empirical")
+                function(part).cpu().numpy()
+                for rows in self.gradients(vectors)
+                for part in rows.dense_parts(torch.promote_types(self.dtype_, torch.float32))
             ]
         )
-
-    def _dense_batches(
-        self, data: ModelData, fisher: FisherKind | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows of a ModelData's examples, ``(m, c, p)`` at a time, and their weights."""
-        dtype = torch.promote_types(self.dtype_, torch.float32)
-        for rows in self.gradients(data, fisher):
-            for part in chunks(rows.n, rows.c * rows.size * dtype.itemsize):
-                dense = rows.dense(part, dtype)
-                weights = rows.flat_weights(dense).view(rows.n, rows.c)[part]
-                yield dense.view(*weights.shape, -1), weights
 
     def _reduce(
         self,
         vectors: Any,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[[Tensor | RowMatrix], Tensor],
         fisher: FisherKind | None = None,
     ) -> npt.NDArray[np.float64]:
-        """Apply a function from ``(k, p)`` vectors to ``(L, k)`` numbers, float64.
+        """Apply a function from k vectors, or rows, to ``(L, k)`` numbers, float64.
 
         A ModelData stands for its gradients, of the fitted kind unless told; an example's numbers
         are then weighted sums over its rows.
@@ -365,9 +354,10 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             with AmbientAutocast().disabled():
                 return _numpy64(function(flat))
         parts = []
-        for dense, weights in self._dense_batches(vectors, fisher):
-            values = function(dense.flatten(0, 1)).double()
-            parts.append(_numpy64((values.view(-1, *weights.shape) * weights.double()).sum(2)))
+        for rows in self.gradients(vectors, fisher):
+            values = function(rows).double()
+            weighted = values * rows.flat_weights(values)
+            parts.append(_numpy64(weighted.view(len(values), rows.n, rows.c).sum(2)))
         return np.concatenate(parts, 1)
 
     def _log_likelihood(self, quadratics: Any, logdet: Any) -> npt.NDArray[np.float64]:
@@ -400,6 +390,12 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             objective = Objective(settings.objective.loss, fisher)
             settings = replace(settings, objective=objective)
         run = Run(settings, data, space=self._space)
+        run.blocks = {
+            name: i
+            for i, columns in enumerate(self._blocks.values())
+            for name, place in self._space.slices.items()
+            if columns.locate(Columns((place,))) is not None
+        }
         with evaluating(run.model):
             for gradients in run.gradients():
                 yield gradients.rows()

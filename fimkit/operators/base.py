@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from fimkit.operators.row_matrix import RowMatrix
 from fimkit.operators.spectrum import Spectrum
 
 __all__ = ["Operator"]
@@ -20,7 +21,9 @@ class Operator(ABC):
     inverse of what `solve` multiplies by, and there is none without damping.
 
     Vectors are ``(k, p)`` tensors of any floating dtype on the operator's device; results have the
-    vectors' dtype, whatever precision the arithmetic needs. Scalars are float64.
+    vectors' dtype, whatever precision the arithmetic needs. Scalars are float64. Of quadratic forms
+    the vectors may be the k rows of a `RowMatrix`, which are then kept as they are wherever that
+    is cheaper.
     """
 
     #: Number of parameters p.
@@ -42,8 +45,8 @@ class Operator(ABC):
         """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
 
     @abstractmethod
-    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+    def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
 
     @abstractmethod
     def diagonal(self, damping: float = 0.0) -> Tensor:

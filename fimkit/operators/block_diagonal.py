@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimkit.operators.base import Operator
-from fimkit.operators.row_matrix import Columns
+from fimkit.operators.row_matrix import Columns, RowMatrix
 from fimkit.operators.spectrum import Spectrum
 
 __all__ = ["BlockDiagonalOperator"]
@@ -44,10 +44,12 @@ class BlockDiagonalOperator(Operator):
             columns.put(out, operator.solve(columns.take(vectors), value))
         return out
 
-    def inverse_quadratic(self, vectors: Tensor, damping: float | Sequence[float]) -> Tensor:
-        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+    def inverse_quadratic(
+        self, vectors: Tensor | RowMatrix, damping: float | Sequence[float]
+    ) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
         parts = [
-            operator.inverse_quadratic(columns.take(vectors), value)
+            operator.inverse_quadratic(_within(columns, vectors), value)
             for (columns, operator), value in self._damped(damping)
         ]
         return torch.stack(parts).sum(0)
@@ -102,12 +104,17 @@ class _BlockSpectrum(Spectrum):
     def __init__(self, blocks: Sequence[tuple[Columns, Spectrum]]) -> None:
         self._blocks = blocks
 
-    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
+    def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
         """Return the sum of all blocks' quadratic forms, shape ``(L, k)``."""
-        parts = [s.quadratics(columns.take(vectors), dampings) for columns, s in self._blocks]
+        parts = [s.quadratics(_within(columns, vectors), dampings) for columns, s in self._blocks]
         return torch.stack(parts).sum(0)
 
     def logdets(self, dampings: Sequence[float]) -> list[float]:
         """Return the sum of all blocks' log determinants for each damping."""
         parts = [spectrum.logdets(dampings) for _, spectrum in self._blocks]
         return [sum(values) for values in zip(*parts, strict=True)]
+
+
+def _within(columns: Columns, vectors: Tensor | RowMatrix) -> Tensor | RowMatrix:
+    """Return some columns of vectors, or of rows."""
+    return vectors.block(columns) if isinstance(vectors, RowMatrix) else columns.take(vectors)

@@ -18,7 +18,7 @@ through the smaller of the two matrices. As for the dual form of the exact Fishe
 float64 in chunks, whatever the rows are stored in.
 
 Kwon et al., "DataInf: efficiently estimating data influence in LoRA-tuned LLMs and diffusion
-models", ICLR 2024, eq. 5.
+models", ICLR 2024, section 3: the swap of mean and inverse, and its closed form.
 """
 
 from __future__ import annotations
@@ -120,19 +120,25 @@ class DataInfOperator(Operator):
                 target[part, place] = values.neg_().add_(given[part, place]).div_(damping)
         return out
 
-    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``vᵀ M v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+    def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
+        """Return ``vᵀ M v`` for each vector, or each row, shape ``(k,)``."""
         return self.quadratics(vectors, [damping])[0]
 
-    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
-        """Return ``vᵀ M v`` for L dampings and k vectors, projected once, shape ``(L, k)``."""
-        out = self._norms.new_empty((len(dampings), vectors.shape[0]))
-        for some in self._vector_chunks(vectors.shape[0]):
-            squares = self._project(vectors[some]).square_()
-            norms = self._squared_norms(vectors[some])
-            for values, damping in zip(out, dampings, strict=True):
-                values[some] = (norms - squares @ self._shrinkage(damping)) / damping
-        return out
+    def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ M v`` for L dampings and k vectors or rows, projected once, ``(L, k)``."""
+        if isinstance(vectors, RowMatrix):
+            products = self.rows.products(vectors, self._norms.dtype, self.device).T
+            norms = vectors.squared_norms(self._norms.dtype)
+            return self._quadratics(self._along(products), norms, dampings)
+        parts = [
+            self._quadratics(self._project(part), self._squared_norms(part), dampings)
+            for part in map(vectors.__getitem__, self._vector_chunks(vectors.shape[0]))
+        ]
+        return torch.cat(parts, 1) if parts else self._norms.new_empty((len(dampings), 0))
+
+    def _quadratics(self, products: Tensor, norms: Tensor, dampings: Sequence[float]) -> Tensor:
+        squares = products.square()
+        return torch.stack([(norms - squares @ self._shrinkage(d)) / d for d in dampings])
 
     def diagonal(self, damping: float = 0.0) -> Tensor:
         """Return the diagonal of ``M⁻¹``, shape ``(p,)``."""
@@ -170,7 +176,10 @@ class DataInfOperator(Operator):
 
     def _project(self, vectors: Tensor) -> Tensor:
         """Return inner products of ``(k, p)`` vectors with all directions b, ``(k, r)``."""
-        products = self.rows.project(vectors, self._norms.dtype)
+        return self._along(self.rows.project(vectors, self._norms.dtype))
+
+    def _along(self, products: Tensor) -> Tensor:
+        """Turn ``(k, r)`` inner products with rows into those with the directions b."""
         return products if self._rotation is None else _rotate(products, self._rotation)
 
     def _combine(self, coefficients: Tensor) -> Any:
@@ -250,8 +259,8 @@ class _DataInfSpectrum(Spectrum):
     def __init__(self, operator: DataInfOperator) -> None:
         self._operator = operator
 
-    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
-        """Return ``vᵀ M v`` for L dampings and k vectors, shape ``(L, k)``."""
+    def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ M v`` for L dampings and k vectors or rows, shape ``(L, k)``."""
         return self._operator.quadratics(vectors, dampings)
 
     def logdets(self, dampings: Sequence[float]) -> list[float]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
 from fimkit.operators.eigh import eigh
+from fimkit.operators.row_matrix import RowMatrix
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
 __all__ = ["DenseOperator"]
@@ -39,11 +42,13 @@ class DenseOperator(Operator):
         columns = vectors.to(self.matrix.dtype).T
         return self._cholesky.solve(columns, damping).T.to(vectors.dtype)
 
-    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+    def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
         self._check(damping)
-        white = self._cholesky.whiten(vectors.to(self.matrix.dtype).T, damping)
-        return white.square().sum(0)
+        parts = [
+            self._cholesky.whiten(part.T, damping).square().sum(0) for part in self._parts(vectors)
+        ]
+        return torch.cat(parts)
 
     def diagonal(self, damping: float = 0.0) -> Tensor:
         """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
@@ -62,9 +67,10 @@ class DenseOperator(Operator):
         """Return what gives inverse quadratic forms and log determinants at many dampings."""
         eigenvalues, basis = eigh(self.matrix)
 
-        def coordinates(vectors: Tensor) -> tuple[Tensor, Tensor]:
-            squares = (vectors.to(basis.dtype) @ basis).square()
-            return squares, squares.new_zeros(len(squares))
+        def coordinates(vectors: Tensor | RowMatrix) -> Iterator[tuple[Tensor, Tensor]]:
+            for part in self._parts(vectors):
+                squares = (part @ basis).square()
+                yield squares, squares.new_zeros(len(squares))
 
         return EigenSpectrum(eigenvalues, 0, coordinates)
 
@@ -73,6 +79,12 @@ class DenseOperator(Operator):
         out = self.matrix.clone()
         out.diagonal().add_(damping)
         return out
+
+    def _parts(self, vectors: Tensor | RowMatrix) -> Iterable[Tensor]:
+        """Return vectors, or rows some at a time, in the matrix's dtype."""
+        if isinstance(vectors, RowMatrix):
+            return vectors.dense_parts(self.matrix.dtype)
+        return [vectors.to(self.matrix.dtype)]
 
     def _check(self, damping: float) -> None:
         if self._cholesky.is_singular(damping):

@@ -14,6 +14,7 @@ and the subtraction are float64, in chunks, whatever the rows are stored in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -73,15 +74,17 @@ class GramOperator(Operator):
             out[some, columns] = values.div_(damping)
         return out
 
-    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+    def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
         self._check(damping)
         white = self._cholesky.whiten(self._project(vectors).T, damping)
         return (self.squared_norms(vectors) - white.square().sum(0)) / damping
 
-    def squared_norms(self, vectors: Tensor) -> Tensor:
-        """Return ``‖v‖²`` of each of ``(k, p)`` vectors in the Gram matrix's dtype."""
+    def squared_norms(self, vectors: Tensor | RowMatrix) -> Tensor:
+        """Return ``‖v‖²`` of each vector, or each row, in the Gram matrix's dtype."""
         wide = self.gram.dtype
+        if isinstance(vectors, RowMatrix):
+            return vectors.squared_norms(wide)
         parts = chunks(vectors.shape[0], vectors.shape[1] * wide.itemsize)
         norms = [vectors[some].to(wide).square().sum(1) for some in parts]
         return torch.cat(norms) if norms else self.gram.new_empty(0)
@@ -106,9 +109,9 @@ class GramOperator(Operator):
         kept = eigenvalues > torch.finfo(basis.dtype).eps * len(basis) * eigenvalues.max()
         eigenvalues, basis = eigenvalues[kept], basis[:, kept]
 
-        def coordinates(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        def coordinates(vectors: Tensor | RowMatrix) -> Iterator[tuple[Tensor, Tensor]]:
             squares = (self._project(vectors) @ basis).square() / eigenvalues
-            return squares, (self.squared_norms(vectors) - squares.sum(1)).clamp_(min=0)
+            yield squares, (self.squared_norms(vectors) - squares.sum(1)).clamp_(min=0)
 
         return EigenSpectrum(eigenvalues, self.size - len(eigenvalues), coordinates)
 
@@ -122,8 +125,12 @@ class GramOperator(Operator):
         out.diagonal().add_(damping)
         return out
 
-    def _project(self, vectors: Tensor) -> Tensor:
-        return self.rows.project(vectors, self.gram.dtype) * self._scale
+    def _project(self, vectors: Tensor | RowMatrix) -> Tensor:
+        if isinstance(vectors, RowMatrix):
+            products = self.rows.products(vectors, self.gram.dtype, self.device).T
+        else:
+            products = self.rows.project(vectors, self.gram.dtype)
+        return products * self._scale
 
     def _check(self, damping: float) -> None:
         if damping <= torch.finfo(self.gram.dtype).eps * self._largest(damping):

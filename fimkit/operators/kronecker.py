@@ -11,6 +11,8 @@ approximation both bases equal to the identity.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import check_eigenvalues
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.operators.row_matrix import Columns, RowMatrix
+from fimkit.operators.rows import FactoredRows
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
 __all__ = ["EigenKroneckerOperator"]
@@ -67,8 +71,8 @@ class EigenKroneckerOperator(Operator):
         self._check(damping)
         return self._scaled(vectors, 1 / (self.eigenvalues + damping))
 
-    def inverse_quadratic(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``vᵀ (F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, shape ``(k,)``."""
+    def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
+        """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
         self._check(damping)
         return self.spectrum().quadratics(vectors, [damping])[0]
 
@@ -93,10 +97,11 @@ class EigenKroneckerOperator(Operator):
     def spectrum(self) -> Spectrum:
         """Return what gives inverse quadratic forms and log determinants at many dampings."""
 
-        def coordinates(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        def coordinates(vectors: Tensor | RowMatrix) -> Iterator[tuple[Tensor, Tensor]]:
             wide = accumulation_dtype(self.device)
-            squares = self._rotate(vectors).flatten(1).to(wide).square_()
-            return squares, squares.new_zeros(len(squares))
+            for part in self._coordinates(vectors):
+                squares = part.to(wide).square_()
+                yield squares, squares.new_zeros(len(squares))
 
         return EigenSpectrum(self._wide_eigenvalues(), 0, coordinates, self.eigenvalues.dtype)
 
@@ -115,6 +120,26 @@ class EigenKroneckerOperator(Operator):
                 rotated = rotated @ self.input_basis.mT
             out[some] = self.layout.flatten(rotated)
         return out
+
+    def _coordinates(self, vectors: Tensor | RowMatrix) -> Iterator[Tensor]:
+        """Yield the coordinates of vectors, or rows, in the eigenbasis, ``(m, p)`` at a time."""
+        dtype = self.eigenvalues.dtype
+        if not isinstance(vectors, RowMatrix):
+            yield self._rotate(vectors).flatten(1)
+            return
+        rows = vectors.groups[0][1] if len(vectors.groups) == 1 else None
+        if not isinstance(rows, FactoredRows) or rows.layout != self.layout:
+            for part in vectors.dense_parts(dtype):
+                yield self._rotate(part).flatten(1)
+            return
+        a, s = rows.inputs.to(dtype), rows.signals.to(dtype)
+        if self.input_basis is not None:
+            a = torch.einsum("mtgi,gij->mtgj", a, self.input_basis)
+        if self.output_basis is not None:
+            s = torch.einsum("mctgo,gop->mctgp", s, self.output_basis)
+        layout = MatrixLayout(self.layout.groups, self.layout.out, self.layout.columns)
+        whole = Columns((slice(0, self.size),))
+        yield from RowMatrix([(whole, FactoredRows(a, s, layout))], self.size).dense_parts(dtype)
 
     def _rotate(self, vectors: Tensor) -> Tensor:
         """Return the coordinates of vectors in the eigenbasis, ``(k, groups, out, columns)``."""

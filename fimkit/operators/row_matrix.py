@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class Columns:
                 offset += outer.stop - outer.start
         return Columns(tuple(found)) if len(found) == len(inner.parts) else None
 
+    def meets(self, other: Columns) -> bool:
+        """Whether any of the columns of ``other`` is among these."""
+        pairs = product(self.parts, other.parts)
+        return any(a.start < b.stop and b.start < a.stop for a, b in pairs)
+
     def pieces(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield each parameter's place in the flat vector with its part of ``(k, size)`` values."""
         start = 0
@@ -105,6 +110,19 @@ class RowMatrix:
             rows.add_gram(gram)
         gram.triu_()
         return gram.add_(gram.triu(1).T)
+
+    def products(self, other: RowMatrix, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Inner products with the rows of another matrix, shape ``(n * c, n' * c')``."""
+        out = torch.zeros((self.n * self.c, other.n * other.c), dtype=dtype, device=device)
+        for columns, rows in self.groups:
+            same = [theirs for place, theirs in other.groups if place == columns]
+            if same:
+                rows.add_products(same[0], out)
+                continue
+            for part in chunks(self.n, self.c * self.size * dtype.itemsize):
+                alone = RowMatrix([(columns, rows)], self.size).dense(part, dtype)
+                out[part.start * self.c : part.stop * self.c] += other.project(alone, dtype)
+        return out
 
     def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner products of ``(k, p)`` vectors with every row, shape ``(k, n * c)``.
@@ -161,6 +179,11 @@ class RowMatrix:
         assert out is not None
         return out
 
+    def dense_parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield all rows, ``(m * c, p)`` at a time."""
+        for part in chunks(self.n, self.c * self.size * dtype.itemsize):
+            yield self.dense(part, dtype)
+
     def block(self, columns: Columns) -> RowMatrix:
         """Return the rows of the groups that lie in ``columns``, numbered within them."""
         groups = []
@@ -168,6 +191,8 @@ class RowMatrix:
             places = columns.locate(own)
             if places is not None:
                 groups.append((places, rows))
+            elif columns.meets(own):
+                raise ValueError(f"a group of parameters lies across the columns {columns.parts}")
         return RowMatrix(groups, columns.size, self.weights)
 
     @classmethod

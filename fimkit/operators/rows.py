@@ -4,7 +4,8 @@ For a linear map the gradient of example i is :math:`G_i = \sum_t s_{it} a_{it}^
 positions. Kept as the pair (a, s), n gradients of ``out * in`` numbers take ``n * T * (in + out)``,
 and everything that is asked of them is one of four operations:
 
-- ``gram``: :math:`\langle g_i, g_j \rangle`, of all pairs or within each example,
+- ``gram``: :math:`\langle g_i, g_j \rangle`, of all pairs, within each example, or (``products``)
+  with the rows of another matrix,
 - ``squared_norms``: :math:`\|g_i\|^2`,
 - ``project``: :math:`\langle g_i, V \rangle = \sum_t s_{it}^\top V a_{it}`,
 - ``combine``: :math:`\sum_i c_i g_i = \sum_{it} c_i s_{it} a_{it}^\top`.
@@ -125,28 +126,20 @@ class Rows(ABC):
 
         Only tiles on and above the diagonal are touched; the caller mirrors them once.
         """
-        step = max(1, min(_TILE // self.c, self._gram_tile(gram.element_size())))
-        tiles = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
+        parts = self._dense_chunks(gram.element_size())
+        tiles = _tiles(self.n, min(_TILE // self.c, parts[0].stop if parts else 1))
         for i, rows in enumerate(tiles):
-            left = self._gram_side(rows, gram.dtype)
+            left = self.dense(rows, gram.dtype).flatten(0, 1)
             for columns in tiles[i:]:
-                right = left if columns is rows else self._gram_side(columns, gram.dtype)
-                block = gram[
-                    rows.start * self.c : rows.stop * self.c,
-                    columns.start * self.c : columns.stop * self.c,
-                ]
-                self._add_gram_tile(left, right, block)
+                right = left if columns is rows else self.dense(columns, gram.dtype).flatten(0, 1)
+                _block(gram, self, rows, self, columns).addmm_(left, right.T)
 
-    def _gram_tile(self, itemsize: int) -> int:
-        return self._dense_chunks(itemsize)[0].stop if self.n else 1
-
-    def _gram_side(self, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self.dense(part, dtype).flatten(0, 1),)
-
-    def _add_gram_tile(
-        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], out: Tensor
-    ) -> None:
-        out.addmm_(left[0], right[0].T)
+    def add_products(self, other: Rows, out: Tensor) -> None:
+        """Add the inner products with other rows to ``out``, ``(n * c, n' * c')``, in place."""
+        everything = slice(0, other.n)
+        for part in self._dense_chunks(out.element_size()):
+            products = other.project(self.dense(part, out.dtype).flatten(0, 1), out.dtype)
+            _block(out, self, part, other, everything).add_(products.flatten(1))
 
 
 class ZeroRows(Rows):
@@ -390,7 +383,7 @@ class FactoredRows(Rows):
 
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """Squared Euclidean norm of every row, shape ``(n, c)``."""
-        if not self._gram_by_factors():
+        if not self._products_by_factors(self):
             return super().squared_norms(dtype)
         out = []
         each = self.layout.groups * self.positions**2 * (self.c + 1) * dtype.itemsize
@@ -443,38 +436,72 @@ class FactoredRows(Rows):
         some = list(chunks(k, (2 * layout.size + m * per_example * 2) * itemsize))
         return [(part, vectors) for vectors in some for part in parts]
 
-    def _gram_by_factors(self) -> bool:
+    def add_gram(self, gram: Tensor) -> None:
+        """Add the inner products of all pairs of rows to ``gram``, ``(n * c, n * c)``, in place.
+
+        Only tiles on and above the diagonal are touched; the caller mirrors them once.
+        """
+        if not self._products_by_factors(self):
+            super().add_gram(gram)
+            return
+        tiles = _tiles(self.n, self._tile(gram.element_size()))
+        for i, rows in enumerate(tiles):
+            left = self._factors(rows, gram.dtype)
+            for columns in tiles[i:]:
+                right = left if columns is rows else self._factors(columns, gram.dtype)
+                _add_factored(left, right, _block(gram, self, rows, self, columns))
+
+    def add_products(self, other: Rows, out: Tensor) -> None:
+        """Add the inner products with other rows to ``out``, ``(n * c, n' * c')``, in place."""
+        if not isinstance(other, FactoredRows) or not self._products_by_factors(other):
+            super().add_products(other, out)
+            return
+        for rows in _tiles(self.n, self._tile(out.element_size())):
+            left = self._factors(rows, out.dtype)
+            for columns in _tiles(other.n, other._tile(out.element_size())):
+                right = other._factors(columns, out.dtype)
+                _add_factored(left, right, _block(out, self, rows, other, columns))
+
+    def _products_by_factors(self, other: FactoredRows) -> bool:
+        """Whether inner products of rows cost less by all pairs of positions than by the rows."""
         out, columns = self.layout.out, self.layout.columns
-        return self.positions**2 * (out + columns) < out * columns or self.positions == 1
+        pairs = self.positions * other.positions
+        return self.layout == other.layout and (
+            pairs == 1 or pairs * (out + columns) < out * columns
+        )
 
-    def _gram_tile(self, itemsize: int) -> int:
-        if not self._gram_by_factors():
-            return super()._gram_tile(itemsize)
+    def _tile(self, itemsize: int) -> int:
         # A tile of m examples needs two (m T, m T) products per row pair.
-        return int((2**26 / itemsize) ** 0.5 / (self.positions * self.c))
+        return min(_TILE // self.c, int((2**26 / itemsize) ** 0.5 / (self.positions * self.c)))
 
-    def _gram_side(self, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        if not self._gram_by_factors():
-            return super()._gram_side(part, dtype)
+    def _factors(self, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return some examples' inputs and signals with the groups first."""
         a = self.inputs[part].to(dtype).permute(2, 0, 1, 3)
-        s = self.signals[part].to(dtype).permute(3, 0, 1, 2, 4)
-        return a.flatten(1, 2), s.flatten(1, 3)
+        return a, self.signals[part].to(dtype).permute(3, 0, 1, 2, 4)
 
-    def _add_gram_tile(
-        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], out: Tensor
-    ) -> None:
-        if not self._gram_by_factors():
-            return super()._add_gram_tile(left, right, out)
-        t = self.positions
-        m, other = out.shape[0] // self.c, out.shape[1] // self.c
-        for group in range(self.layout.groups):
-            aa = (left[0][group] @ right[0][group].T).view(m, 1, t, other, 1, t)
-            ss = (left[1][group] @ right[1][group].T).view(m, self.c, t, other, self.c, t)
-            products = ss.mul_(aa)
-            if t > 1:
-                products = products.sum((2, 5))
-            out += products.reshape(out.shape)
-        return None
+
+def _tiles(n: int, step: int) -> list[slice]:
+    step = max(1, step)
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def _block(products: Tensor, own: Rows, rows: slice, other: Rows, columns: slice) -> Tensor:
+    """Return where inner products of some examples of two sets of rows lie among all."""
+    return products[
+        rows.start * own.c : rows.stop * own.c, columns.start * other.c : columns.stop * other.c
+    ]
+
+
+def _add_factored(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Add inner products of rows given by factors, ``(groups, m, T, in)`` inputs first."""
+    for (a, s), (b, z) in zip(zip(*left, strict=True), zip(*right, strict=True), strict=True):
+        (m, c, t, _), (other, d, u, _) = s.shape, z.shape
+        aa = (a.flatten(0, 1) @ b.flatten(0, 1).T).view(m, 1, t, other, 1, u)
+        ss = (s.flatten(0, 2) @ z.flatten(0, 2).T).view(m, c, t, other, d, u)
+        products = ss.mul_(aa)
+        if t > 1 or u > 1:
+            products = products.sum((2, 5))
+        out += products.reshape(out.shape)
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:

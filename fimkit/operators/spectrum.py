@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fimkit.operators.cholesky import check_eigenvalues
+from fimkit.operators.row_matrix import RowMatrix
 
 __all__ = ["EigenSpectrum", "Spectrum"]
 
@@ -18,8 +19,8 @@ class Spectrum(ABC):
     """What scoring an operator at many dampings takes."""
 
     @abstractmethod
-    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
-        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors, shape ``(L, k)``."""
+    def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors or rows, shape ``(L, k)``."""
 
     @abstractmethod
     def logdets(self, dampings: Sequence[float]) -> list[float]:
@@ -36,8 +37,8 @@ class EigenSpectrum(Spectrum):
     rest : int
         Number of further eigenvalues, all zero.
     coordinates : callable
-        Takes ``(k, p)`` vectors to ``(k, m)`` squared coordinates and the ``(k,)`` squared norms
-        of what they leave out.
+        Takes vectors or rows to their ``(m_i, m)`` squared coordinates and the ``(m_i,)`` squared
+        norms of what they leave out, some at a time.
     precision : torch.dtype, optional
         What the eigenvalues were computed in, where that is coarser than their dtype.
     """
@@ -46,7 +47,7 @@ class EigenSpectrum(Spectrum):
         self,
         eigenvalues: Tensor,
         rest: int,
-        coordinates: Callable[[Tensor], tuple[Tensor, Tensor]],
+        coordinates: Callable[[Tensor | RowMatrix], Iterable[tuple[Tensor, Tensor]]],
         precision: torch.dtype | None = None,
     ) -> None:
         self._eigenvalues = eigenvalues
@@ -54,12 +55,16 @@ class EigenSpectrum(Spectrum):
         self._coordinates = coordinates
         self._precision = precision or eigenvalues.dtype
 
-    def quadratics(self, vectors: Tensor, dampings: Sequence[float]) -> Tensor:
-        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors, shape ``(L, k)``."""
-        squares, left = self._coordinates(vectors)
-        out = []
+    def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors or rows, shape ``(L, k)``."""
         for damping in dampings:
             self._check(damping)
+        parts = [self._quadratics(*part, dampings) for part in self._coordinates(vectors)]
+        return torch.cat(parts, 1)
+
+    def _quadratics(self, squares: Tensor, left: Tensor, dampings: Sequence[float]) -> Tensor:
+        out = []
+        for damping in dampings:
             values = squares @ (1 / (self._eigenvalues + damping))
             out.append(values + left / damping if self._rest else values)
         return torch.stack(out)
