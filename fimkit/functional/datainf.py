@@ -98,7 +98,7 @@ def ifvp_datainf(
     References
     ----------
     Y. Kwon, E. Wu, K. Wu and J. Zou, "DataInf: efficiently estimating data influence in LoRA-tuned
-    LLMs and diffusion models", ICLR 2024, eq. 5.
+    LLMs and diffusion models", ICLR 2024, section 3: the swap of mean and inverse.
 
     Examples
     --------
