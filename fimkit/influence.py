@@ -134,4 +134,4 @@ def _score_blocks(
     check_model_data(queries, "queries")
     ifvps: Any = torch.from_numpy(estimator.transform(queries)).to(estimator.device_)
     for rows in estimator.gradients(train):
-        yield rows.project(ifvps, torch.float64).cpu().numpy()
+        yield rows.project(ifvps, ifvps.dtype).double().cpu().numpy()

@@ -11,7 +11,7 @@ approximation both bases equal to the identity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -87,23 +87,16 @@ class EigenKroneckerOperator(Operator):
 
     def trace(self, damping: float = 0.0) -> float:
         """Return the trace of ``F + damping I``."""
-        return float(self._wide_eigenvalues().sum()) + damping * self.size
+        return float(self.wide_eigenvalues().flatten().sum()) + damping * self.size
 
     def logdet(self, damping: float) -> float:
         """Return ``log det(F + damping I)``."""
         self._check(damping)
-        return float((self._wide_eigenvalues() + damping).log().sum())
+        return float((self.wide_eigenvalues().flatten() + damping).log().sum())
 
     def spectrum(self) -> Spectrum:
         """Return what gives inverse quadratic forms and log determinants at many dampings."""
-
-        def coordinates(vectors: Tensor | RowMatrix) -> Iterator[tuple[Tensor, Tensor]]:
-            wide = accumulation_dtype(self.device)
-            for part in self._coordinates(vectors):
-                squares = part.to(wide).square_()
-                yield squares, squares.new_zeros(len(squares))
-
-        return EigenSpectrum(self._wide_eigenvalues(), 0, coordinates, self.eigenvalues.dtype)
+        return _KroneckerSpectrum(self)
 
     def to_dense(self, damping: float = 0.0) -> Tensor:
         """Return ``F + damping I`` as a ``(p, p)`` tensor."""
@@ -121,25 +114,32 @@ class EigenKroneckerOperator(Operator):
             out[some] = self.layout.flatten(rotated)
         return out
 
-    def _coordinates(self, vectors: Tensor | RowMatrix) -> Iterator[Tensor]:
+    def coordinates(self, vectors: Tensor | RowMatrix) -> Iterator[Tensor]:
         """Yield the coordinates of vectors, or rows, in the eigenbasis, ``(m, p)`` at a time."""
         dtype = self.eigenvalues.dtype
         if not isinstance(vectors, RowMatrix):
             yield self._rotate(vectors).flatten(1)
             return
-        rows = vectors.groups[0][1] if len(vectors.groups) == 1 else None
-        if not isinstance(rows, FactoredRows) or rows.layout != self.layout:
+        factors = self.rotated_factors(vectors)
+        if factors is None:
             for part in vectors.dense_parts(dtype):
                 yield self._rotate(part).flatten(1)
-            return
-        a, s = rows.inputs.to(dtype), rows.signals.to(dtype)
+        else:
+            whole = Columns((slice(0, self.size),))
+            yield from RowMatrix([(whole, factors)], self.size).dense_parts(dtype)
+
+    def rotated_factors(self, rows: RowMatrix) -> FactoredRows | None:
+        """Return rows in the eigenbasis, kept as factors; None if they are not of this layer's."""
+        factors = rows.groups[0][1] if len(rows.groups) == 1 else None
+        if not isinstance(factors, FactoredRows) or factors.layout != self.layout:
+            return None
+        a, s = (tensor.to(self.eigenvalues.dtype) for tensor in factors.tensors)
         if self.input_basis is not None:
             a = torch.einsum("mtgi,gij->mtgj", a, self.input_basis)
         if self.output_basis is not None:
             s = torch.einsum("mctgo,gop->mctgp", s, self.output_basis)
         layout = MatrixLayout(self.layout.groups, self.layout.out, self.layout.columns)
-        whole = Columns((slice(0, self.size),))
-        yield from RowMatrix([(whole, FactoredRows(a, s, layout))], self.size).dense_parts(dtype)
+        return FactoredRows(a, s, layout)
 
     def _rotate(self, vectors: Tensor) -> Tensor:
         """Return the coordinates of vectors in the eigenbasis, ``(k, groups, out, columns)``."""
@@ -150,11 +150,42 @@ class EigenKroneckerOperator(Operator):
             matrices = matrices @ self.input_basis
         return matrices.clone() if matrices.data_ptr() == vectors.data_ptr() else matrices
 
-    def _wide_eigenvalues(self) -> Tensor:
-        return self.eigenvalues.to(accumulation_dtype(self.device)).flatten()
+    def wide_eigenvalues(self) -> Tensor:
+        """Return the eigenvalues in the accumulation dtype."""
+        return self.eigenvalues.to(accumulation_dtype(self.device))
 
     def _check(self, damping: float) -> None:
         if self._range is None:  # read once, so that solving never waits for it again
             least, largest = torch.stack(torch.aminmax(self.eigenvalues)).tolist()
             self._range = least, largest
         check_eigenvalues(*self._range, damping, self.size, self.eigenvalues.dtype)
+
+
+class _KroneckerSpectrum(EigenSpectrum):
+    """Quadratic forms of a layer's rows of one position without their outer products."""
+
+    def __init__(self, operator: EigenKroneckerOperator) -> None:
+        eigenvalues = operator.wide_eigenvalues()
+        precision = operator.eigenvalues.dtype
+        super().__init__(eigenvalues.flatten(), 0, self._squares, precision)
+        self._operator = operator
+
+    def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
+        """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors or rows, shape ``(L, k)``."""
+        rows = self._operator.rotated_factors(vectors) if isinstance(vectors, RowMatrix) else None
+        if rows is None or rows.positions > 1:
+            return super().quadratics(vectors, dampings)
+        self.check(dampings)
+        eigenvalues = self._operator.wide_eigenvalues()
+        a = rows.inputs[:, 0].to(eigenvalues.dtype).square_().transpose(0, 1)  # (groups, n, in)
+        s = rows.signals[:, :, 0].to(eigenvalues.dtype).square_()  # (n, c, groups, out)
+        out = []
+        for damping in dampings:
+            weighted = a @ (1 / (eigenvalues + damping)).mT  # (groups, n, out)
+            out.append((s * weighted.transpose(0, 1)[:, None]).sum((2, 3)).flatten())
+        return torch.stack(out)
+
+    def _squares(self, vectors: Tensor | RowMatrix) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in self._operator.coordinates(vectors):
+            squares = part.to(accumulation_dtype(part.device)).square_()
+            yield squares, squares.new_zeros(len(squares))

@@ -57,8 +57,7 @@ class EigenSpectrum(Spectrum):
 
     def quadratics(self, vectors: Tensor | RowMatrix, dampings: Sequence[float]) -> Tensor:
         """Return ``vᵀ (F + λ I)⁻¹ v`` for L dampings and k vectors or rows, shape ``(L, k)``."""
-        for damping in dampings:
-            self._check(damping)
+        self.check(dampings)
         parts = [self._quadratics(*part, dampings) for part in self._coordinates(vectors)]
         return torch.cat(parts, 1)
 
@@ -71,15 +70,17 @@ class EigenSpectrum(Spectrum):
 
     def logdets(self, dampings: Sequence[float]) -> list[float]:
         """Return ``log det(F + λ I)`` for each damping."""
+        self.check(dampings)
         out = []
         for damping in dampings:
-            self._check(damping)
             rest = self._rest * math.log(damping) if self._rest else 0.0
             out.append(float((self._eigenvalues + damping).log().sum()) + rest)
         return out
 
-    def _check(self, damping: float) -> None:
+    def check(self, dampings: Sequence[float]) -> None:
+        """Raise if the operator is singular at any of these dampings."""
         values = self._eigenvalues
         least = 0.0 if self._rest or not len(values) else float(values.min())
         largest = float(values.max()) if len(values) else 0.0
-        check_eigenvalues(least, largest, damping, len(values) + self._rest, self._precision)
+        for damping in dampings:
+            check_eigenvalues(least, largest, damping, len(values) + self._rest, self._precision)
