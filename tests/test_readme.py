@@ -1,10 +1,13 @@
-"""The example of README.md runs, and does what it says."""
+"""The examples of README.md run, and do what they say."""
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.dense import distance, solve
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -18,12 +21,19 @@ def block(marker):
     return found[1]
 
 
+def run(*codes):
+    """Return the names that blocks define, one after another."""
+    names = {}
+    for code in codes:
+        exec(compile(code, str(README), "exec"), names)
+    return names
+
+
 @pytest.mark.skipif(not README.exists(), reason="README.md is not here")
 def test_example():
     code = block("example")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    names = {}
-    exec(compile(code, str(README), "exec"), names)
+    names = run(code)
     explicit, ifvp, gradients = (names[name] for name in ("explicit", "ifvp", "test_gradients"))
     assert [u.shape for u in ifvp] == [g.shape for g in gradients]
     u = torch.cat([piece.flatten() for piece in ifvp]).double()
@@ -31,3 +41,26 @@ def test_example():
     residual = explicit.fisher_.to_dense() @ u + 1e-3 * u - v
     assert float(residual.norm() / v.norm()) < 1e-4
     assert float((u - v).norm() / v.norm()) > 1
+
+
+@pytest.mark.skipif(not README.exists(), reason="README.md is not here")
+def test_influence_example():
+    names = run(block("example"), block("influence-example"))
+    exact = copy.deepcopy(names["model"]).double()
+    gradients = []
+    for x, y in zip(names["x"].double(), names["y"], strict=True):
+        loss = torch.nn.functional.cross_entropy(exact(x[None]), y[None])
+        pieces = torch.autograd.grad(loss, list(exact.parameters()))
+        gradients.append(torch.cat([piece.flatten() for piece in pieces]))
+    train, queries = torch.stack(gradients).split([200, 56])
+    expected = queries @ solve(train.T @ train / 200, train, 1e-3).T
+
+    scores, values, indices, suspicious = (
+        torch.from_numpy(names[name]) for name in ("scores", "values", "indices", "suspicious")
+    )
+    assert distance(scores, expected) < 1e-4  # the model is float32
+    best_first = scores.sort(1, descending=True)
+    assert torch.equal(indices, best_first.indices[:, :5])
+    assert distance(values, best_first.values[:, :5]) < 1e-12
+    own = (train * solve(train.T @ train / 200, train, 1e-3)).sum(1)
+    assert distance(suspicious, own) < 1e-4

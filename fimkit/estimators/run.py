@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fimkit.data import ModelData, check_batches, described, indexed_batches
 from fimkit.estimators.blocks import select_parameters
