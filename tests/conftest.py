@@ -1,21 +1,13 @@
 """Settings and fixtures of all tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
-
-# Tests of faults that are known and not mended yet, one a line.
-OPEN_FAULTS = set((Path(__file__).parent / "open_faults.txt").read_text().splitlines())
 
 # The matrices here are tiny: more threads only get in each other's way.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.nodeid in OPEN_FAULTS:
-            item.add_marker(pytest.mark.xfail(reason="open fault", strict=False))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -140,7 +140,13 @@ CATEGORICAL = Density(
 )
 BERNOULLI = Density(lambda f, y: (1 + f[..., 0].exp()).log() - y * f[..., 0], _bits)
 POISSON_LOG = Density(lambda f, y: f[..., 0].exp() - y * f[..., 0], lambda f: _counts(f.exp()))
-POISSON = Density(lambda f, y: f[..., 0] - y * f[..., 0].log(), _counts)
+
+
+def poisson(shift: float) -> Density:
+    """Of rates without a shift that is added to them."""
+    return Density(
+        lambda f, y: f[..., 0] - y * (f[..., 0] + shift).log(), lambda f: _counts(f + shift)
+    )
 
 
 def gaussian(precision: float) -> Density:

@@ -168,12 +168,25 @@ def all_of(k):
 
 ALONG_LAST = torch.arange(12).view(4, 3)
 ALONG_SECOND = torch.arange(12).view(3, 4).T
+ONE_VARIANCE = torch.tensor([[0, 2], [1, 2]])
 MEANS_AND_VARIANCES = torch.stack([torch.arange(2), torch.arange(2, 4)], 1)
 
 
 def mean_and_variance(out):
     mean, raw = out.chunk(2, 1)
     return mean, nn.functional.softplus(raw)
+
+
+def mean_and_variance_of_numbers(out):
+    return out[:, 0], nn.functional.softplus(out[:, 1])
+
+
+def means_and_one_variance(out):
+    return out[:, :2], nn.functional.softplus(out[:, 2:])
+
+
+def means_and_one_variance_without_dimension(out):
+    return out[:, :2], nn.functional.softplus(out[:, 2])
 
 
 def as_dict(x, y):
@@ -226,14 +239,23 @@ CASES = [
     Case("GaussianNLLLoss(sum) of small variances",
          lambda: nn.GaussianNLLLoss(reduction="sum", eps=0.7), dense.gaussian_of_two(0.7),
          MEANS_AND_VARIANCES, head(4, finish=mean_and_variance), reals(2)),
+    Case("GaussianNLLLoss() of numbers", nn.GaussianNLLLoss, dense.gaussian_of_two(),
+         torch.tensor([[0, 1]]), head(2, finish=mean_and_variance_of_numbers), reals()),
+    Case("GaussianNLLLoss(sum) of one variance", lambda: nn.GaussianNLLLoss(reduction="sum"),
+         dense.gaussian_of_two(), ONE_VARIANCE, head(3, finish=means_and_one_variance), reals(2)),
+    Case("GaussianNLLLoss(sum) of one small variance",
+         lambda: nn.GaussianNLLLoss(reduction="sum", eps=0.7), dense.gaussian_of_two(0.7),
+         ONE_VARIANCE, head(3, finish=means_and_one_variance_without_dimension), reals(2)),
     Case("PoissonNLLLoss(sum)", lambda: nn.PoissonNLLLoss(reduction="sum"), dense.POISSON_LOG,
          each(2), head(2), counts),
     Case("PoissonNLLLoss(sum), full", lambda: nn.PoissonNLLLoss(reduction="sum", full=True),
          dense.POISSON_LOG, each(2), head(2), counts),
-    # Its eps shifts the rate: without one it is the density.
     Case("PoissonNLLLoss(sum) of rates",
-         lambda: nn.PoissonNLLLoss(log_input=False, eps=1e-14, reduction="sum"), dense.POISSON,
-         each(2), head(2, finish=nn.functional.softplus), counts),
+         lambda: nn.PoissonNLLLoss(log_input=False, full=True, eps=0.1, reduction="sum"),
+         dense.poisson(0.1), each(2), head(2, finish=nn.functional.softplus), counts),
+    Case("PoissonNLLLoss() of one rate", lambda: nn.PoissonNLLLoss(log_input=False),
+         dense.poisson(1e-8), each(1), head(finish=nn.functional.softplus),
+         lambda n, generator: counts(n, generator)[:, 0]),
     Case("a loss of one's own", Exponential,
          dense.Density(lambda f, y: f[..., 0].exp() * y - f[..., 0], _waiting_times), each(2),
          head(2), times, True),
@@ -355,8 +377,7 @@ def test_draws_follow_the_distribution(case):
     assert (labels[ignored] == dense.IGNORED).all()
     assert (labels[~ignored] != dense.IGNORED).all()
 
-    scores = torch.zeros(N, samples, examples.outputs.shape[1], dtype=torch.float64)
-    scores[:, :, case.factors] = examples.scores(labels).transpose(1, 2)
+    scores = spread(examples, examples.scores(labels)).sum(1)
     products = scores[:, :, :, None] * scores[:, :, None, :]
     second, fourth = moments(examples, targets)
     assert within(scores.mean(1), 0, second.diagonal(dim1=1, dim2=2), samples)
@@ -368,12 +389,21 @@ def within(found, mean, variance, samples):
     return ((found - mean).abs() <= 5 * (variance.clamp(min=0) / samples).sqrt() + 1e-12).all()
 
 
+def spread(examples, scores):
+    """Return scores ``(n, K, L, m)`` of labels at the places of their outputs, zero elsewhere."""
+    out = scores.new_zeros(*scores.shape[:3], examples.outputs.shape[1])
+    return out.scatter_(3, examples.factors[None, :, None].expand(scores.shape), scores)
+
+
 def moments(examples, targets):
-    """Return E[s sᵀ] and E[s² (s²)ᵀ] of each example's scores s, by all labels that could be."""
+    """Return E[s sᵀ] and E[s² (s²)ᵀ] of each example's scores s, by all labels that could be.
+
+    An example's s is a sum over its labels, whose scores are independent and of mean zero.
+    """
     labels, probabilities = zip(
         *(examples.density.labels(f[examples.factors]) for f in examples.outputs), strict=True
     )
-    scores = examples.scores(torch.stack(labels))
+    scores = spread(examples, examples.scores(torch.stack(labels)))
     scores = scores * (targets != dense.IGNORED).view(N, -1, 1, 1)
     probabilities = torch.stack(probabilities)
 
@@ -381,15 +411,16 @@ def moments(examples, targets):
         return torch.einsum("nkla,nkl,nklb->nkab", values, probabilities, values)
 
     second, fourth = expected(scores), expected(scores.square())
-    out = scores.new_zeros(2, N, *(examples.outputs.shape[1],) * 2)
-    for k, places in enumerate(examples.factors):
-        out[0][:, places[:, None], places] = second[:, k]
-    # Scores of different labels are independent.
-    squares = out[0].diagonal(dim1=1, dim2=2)
-    out[1] = squares[:, :, None] * squares[:, None, :]
-    for k, places in enumerate(examples.factors):
-        out[1][:, places[:, None], places] = fourth[:, k]
-    return out
+    squares = second.diagonal(dim1=2, dim2=3)
+
+    def of_different_labels(a, b):
+        return a.sum(1) * b.sum(1) - (a * b).sum(1)
+
+    return second.sum(1), (
+        fourth.sum(1)
+        + of_different_labels(squares[:, :, :, None], squares[:, :, None, :])
+        + 2 * of_different_labels(second, second)
+    )
 
 
 @parametrize_cases
@@ -584,9 +615,6 @@ REFUSED = [
     (nn.MSELoss(), NUMBERS, head(3), ["predicted"], "'predicted' is zero"),
     (nn.PoissonNLLLoss(reduction="sum"), BITS, head(3), ["predicted"], "'predicted' is zero"),
     (nn.GaussianNLLLoss(reduction="sum"), NUMBERS[:, :2], PAIR, ["predicted"], "is zero for"),
-    (nn.GaussianNLLLoss(reduction="sum"), NUMBERS[:, :2],
-     head(3, finish=lambda out: (out[:, :2], out[:, 2:].exp())), KINDS[1:3],
-     "one variance per output"),
 ]  # fmt: skip
 
 

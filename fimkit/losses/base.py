@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["CallableLoss", "Loss", "Uniforms"]
+__all__ = ["CallableLoss", "Loss", "Uniforms", "described"]
 
 #: Numbers in [0, 1) of a shape with the examples first, by random state, example and sample.
 Uniforms = Callable[[Sequence[int]], Tensor]
@@ -105,6 +105,15 @@ class CallableLoss(Loss):
     def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the function's result."""
         return outputs  # type: ignore[no-any-return]
+
+
+def described(value: Any) -> str:
+    """Return how a message tells what outputs or targets are."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {', '.join(map(described, value)) or 'nothing'}"
+    return type(value).__name__
 
 
 def _sequence(batch: Any) -> Sequence[Any]:

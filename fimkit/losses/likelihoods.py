@@ -11,9 +11,16 @@ from scipy.stats import poisson
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import Loss, Uniforms
+from fimkit.losses.base import Loss, Uniforms, described
 
-__all__ = ["BinaryCrossEntropy", "CrossEntropy", "GaussianNLL", "PoissonNLL", "SquaredError"]
+__all__ = [
+    "BinaryCrossEntropy",
+    "CrossEntropy",
+    "GaussianNLL",
+    "PoissonNLL",
+    "SquaredError",
+    "mean_and_variance",
+]
 
 
 class CrossEntropy(Loss):
@@ -39,12 +46,22 @@ class CrossEntropy(Loss):
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the sum of each example's token losses, shape ``(B,)``."""
         logits, targets = self._aligned(outputs, targets)
-        losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=self.ignore_index)
+        try:
+            losses = F.cross_entropy(
+                logits, targets, reduction="none", ignore_index=self.ignore_index
+            )
+        except IndexError as error:
+            raise IFVPUsageError(
+                f"{self.name} got targets from {targets.min()} to {targets.max()} for outputs of "
+                f"{logits.shape[1]} classes; expected 0 to {logits.shape[1] - 1}, or "
+                f"{self.ignore_index} where a target does not count."
+            ) from error
         return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
         """Draw a class for every target that counts, by inversion of the softmax's sums."""
         logits, targets = self._aligned(outputs, targets)
+        self._refuse_ignored_class("'mc'", logits)
         probabilities = logits.movedim(1, -1).double().softmax(-1)
         u = uniforms(targets.shape).to(probabilities.device)
         sums = probabilities.cumsum(-1)
@@ -54,15 +71,28 @@ class CrossEntropy(Loss):
     def mode(self, outputs: Any, targets: Any) -> Tensor:
         """Return the most probable class for every target that counts."""
         logits, targets = self._aligned(outputs, targets)
+        self._refuse_ignored_class("'predicted'", logits)
         return torch.where(targets == self.ignore_index, targets, logits.argmax(1))
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return -log p of every class of every token, weighted by p (0 where ignored)."""
         logits, targets = self._aligned(outputs, targets)
-        logs = logits.movedim(1, -1).log_softmax(-1)
+        logits = logits.movedim(1, -1)
+        logs = logits.log_softmax(-1)
+        # A class whose logit is -inf has probability zero, hence no row.
+        rows = torch.where(logs == -math.inf, 0, -logs)
         counts = (targets != self.ignore_index)[..., None]
-        weights = torch.where(counts, logs.detach().exp(), 0)
-        return -logs.flatten(1), weights.flatten(1)
+        weights = torch.where(counts, logits.detach().double().softmax(-1), 0)
+        return rows.flatten(1), weights.flatten(1)
+
+    def _refuse_ignored_class(self, fisher: str, logits: Tensor) -> None:
+        """Refuse labels of the model's own where one of them would not count as a target."""
+        if 0 <= self.ignore_index < logits.shape[1]:
+            raise IFVPUsageError(
+                f"fisher={fisher} of {self.name} may take class {self.ignore_index} for a label, "
+                f"which ignore_index={self.ignore_index} leaves out; mark the targets that do not "
+                "count by a number that is no class, such as -100, or use fisher='exact'."
+            )
 
     def _aligned(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return logits with classes along dimension 1, and targets checked against them."""
@@ -71,7 +101,8 @@ class CrossEntropy(Loss):
             found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
             raise IFVPUsageError(
                 f"{self.name} needs integer class targets; got {found}. Convert them with "
-                ".long(), or use loss='mse' or loss='bce' for real-valued targets."
+                ".long(), pass loss=torch.nn.CrossEntropyLoss() and fisher='empirical' for class "
+                "probabilities, or use loss='mse' or loss='bce' for real-valued targets."
             )
         shape = tuple(targets.shape)
         second = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == shape
@@ -103,21 +134,7 @@ class _Elementwise(Loss):
         raise NotImplementedError
 
     def _aligned(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Return outputs and floating targets of one shape, ``(B, ...)`` with at least 2 dims."""
-        outputs = _floating_output(outputs, self.name)
-        if not isinstance(targets, Tensor):
-            raise IFVPUsageError(f"{self.name} needs tensor targets; got {type(targets).__name__}.")
-        if outputs.shape != targets.shape:
-            if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
-                raise IFVPUsageError(
-                    f"{self.name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
-                    f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare "
-                    "every output with every target)."
-                )
-            targets = targets.reshape(outputs.shape)
-        if outputs.ndim == 1:
-            outputs, targets = outputs[:, None], targets[:, None]
-        return outputs, targets.to(outputs.dtype)
+        return _matched(outputs, targets, self.name)
 
 
 class SquaredError(_Elementwise):
@@ -155,7 +172,7 @@ class SquaredError(_Elementwise):
         return rows, torch.full_like(rows, self._beta(mean), requires_grad=False)
 
     def _beta(self, outputs: Tensor) -> float:
-        return 2 / outputs[0].numel() if self._precision is None else self._precision
+        return 2 / math.prod(outputs.shape[1:]) if self._precision is None else self._precision
 
 
 class BinaryCrossEntropy(_Elementwise):
@@ -180,17 +197,22 @@ class BinaryCrossEntropy(_Elementwise):
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return the logits, weighted p (1 - p)."""
         logits, _ = self._aligned(outputs, targets)
-        p = logits.detach().sigmoid().flatten(1)
-        return logits.flatten(1), p * (1 - p)
+        rows = logits.flatten(1)
+        wide = rows.detach().double()
+        return rows, wide.sigmoid() * (-wide).sigmoid()  # 1 - p cancels where p is nearly one
 
 
 class GaussianNLL(Loss):
-    """Gaussian negative log-likelihood of outputs ``(mean, variance)``, each ``(B, ...)``.
+    """Gaussian negative log-likelihood of outputs ``(mean, variance)``.
+
+    Means are ``(B, ...)``. Variances have their shape, 1 along a dimension whose means share
+    them, or no last dimension when those along it do.
 
     Parameters
     ----------
     eps : float, default=1e-6
-        Least variance, as in `torch.nn.GaussianNLLLoss`.
+        Least variance. As in `torch.nn.GaussianNLLLoss`, it replaces the value of a lesser one
+        and leaves its gradient.
     """
 
     name = "the Gaussian likelihood"
@@ -200,32 +222,39 @@ class GaussianNLL(Loss):
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
         """Draw from the Gaussians."""
-        mean, variance = self._moments(outputs)
-        return mean + variance.sqrt() * _gaussian(uniforms, mean)
+        mean, variance = self._moments(outputs, targets)
+        noise = variance.clamp(min=self._eps).sqrt() * _gaussian(uniforms, mean)
+        return (mean + noise).view(outputs[0].shape)
 
     def mode(self, outputs: Any, targets: Any) -> Tensor:
         """Refuse, as for every regression."""
         raise _zero_at_mode(self.name)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Return means, weighted 1/v, and variances, weighted 1/(2 v²)."""
-        mean, variance = (moment.flatten(1) for moment in self._moments(outputs))
-        v = variance.detach()
-        return torch.cat([mean, variance], 1), torch.cat([1 / v, 1 / (2 * v**2)], 1)
+        """Return means, weighted 1/v, and variances, weighted k/(2 v²) where k means share one."""
+        mean, variance = self._moments(outputs, targets)
+        v = variance.detach().double().clamp(min=self._eps)
+        shared = math.prod(mean.shape[1:]) / math.prod(variance.shape[1:])
+        weights = (1 / v).expand_as(mean), shared / (2 * v**2)
+        return (
+            torch.cat([mean.flatten(1), variance.flatten(1)], 1),
+            torch.cat([each.flatten(1) for each in weights], 1),
+        )
 
-    def _moments(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+    def _moments(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return means with at least 2 dims, and variances that broadcast to them."""
+        mean, variance = mean_and_variance(outputs, self.name)
+        if mean.ndim == 1 or mean.shape[:-1] == variance.shape:
+            variance = variance[..., None]
+        mean, _ = _matched(mean, targets, self.name)
+        sizes = zip(mean.shape, variance.shape, strict=False)
+        if mean.ndim != variance.ndim or any(v not in (m, 1) for m, v in sizes):
             raise IFVPUsageError(
-                f"{self.name} needs a model that returns (mean, variance); got "
-                f"{type(outputs).__name__}."
+                f"{self.name} got means of shape {tuple(outputs[0].shape)} and variances of shape "
+                f"{tuple(outputs[1].shape)}; expected one variance per mean, or 1 along the "
+                "dimension whose means share it."
             )
-        mean, variance = outputs
-        if mean.shape != variance.shape:
-            raise IFVPUsageError(
-                f"{self.name} got a mean of shape {tuple(mean.shape)} and a variance of shape "
-                f"{tuple(variance.shape)}; fisher='mc' and 'exact' need one variance per output."
-            )
-        return mean, variance.clamp(min=self._eps)
+        return mean, variance
 
 
 class PoissonNLL(Loss):
@@ -236,7 +265,8 @@ class PoissonNLL(Loss):
     log_input : bool, default=True
         Whether outputs are logarithms of rates.
     eps : float, default=1e-8
-        Added to a rate before its logarithm, as in `torch.nn.PoissonNLLLoss`.
+        Added to outputs that are no logarithms, as in `torch.nn.PoissonNLLLoss`: the sum is the
+        rate.
     """
 
     name = "the Poisson likelihood"
@@ -247,10 +277,10 @@ class PoissonNLL(Loss):
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Tensor:
         """Draw counts by inversion of the distribution function."""
-        rates = self._rates(outputs)
-        u = uniforms(outputs.shape)
-        counts = poisson.ppf(u.numpy(), rates.detach().cpu().double().numpy())
-        return torch.as_tensor(counts).clamp_(min=0).to(outputs)
+        values, _ = _matched(outputs, targets, self.name)
+        u = uniforms(values.shape)
+        counts = poisson.ppf(u.numpy(), self._rates(values).cpu().numpy())
+        return torch.as_tensor(counts).clamp_(min=0).to(values).view(outputs.shape)
 
     def mode(self, outputs: Any, targets: Any) -> Tensor:
         """Refuse, as for every regression."""
@@ -258,12 +288,53 @@ class PoissonNLL(Loss):
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return outputs, weighted by the rate when they are its logarithm, else by 1/rate."""
-        rows = outputs.flatten(1)
-        rates = self._rates(outputs).detach().flatten(1)
-        return rows, rates if self._log_input else 1 / (rates + self._eps)
+        values, _ = _matched(outputs, targets, self.name)
+        rows = values.flatten(1)
+        rates = self._rates(rows)
+        if self._log_input:
+            return rows, rates
+        # As the loss, rows are NaN at negative rates, which makes them seen.
+        return torch.where(rates > 0, rows, math.nan), 1 / rates
 
     def _rates(self, outputs: Tensor) -> Tensor:
-        return outputs.exp() if self._log_input else outputs
+        wide = outputs.detach().double()
+        return wide.exp() if self._log_input else wide + self._eps
+
+
+def mean_and_variance(outputs: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return the two tensors ``(B, ...)`` of a model with Gaussian outputs.
+
+    Raises
+    ------
+    IFVPUsageError
+        If the outputs are anything else, naming the loss ``name``.
+    """
+    if isinstance(outputs, tuple | list) and len(outputs) == 2:
+        mean, variance = outputs
+        if all(isinstance(part, Tensor) and part.ndim for part in outputs):
+            return mean, variance
+    raise IFVPUsageError(
+        f"{name} needs a model that returns (mean, variance), two tensors with the examples along "
+        f"the first dimension; got {described(outputs)}."
+    )
+
+
+def _matched(outputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return outputs and floating targets of one shape, ``(B, ...)`` with at least 2 dims."""
+    outputs = _floating_output(outputs, name)
+    if not isinstance(targets, Tensor):
+        raise IFVPUsageError(f"{name} needs tensor targets; got {type(targets).__name__}.")
+    if outputs.shape != targets.shape:
+        if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
+            raise IFVPUsageError(
+                f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
+                f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare "
+                "every output with every target)."
+            )
+        targets = targets.reshape(outputs.shape)
+    if outputs.ndim == 1:
+        outputs, targets = outputs[:, None], targets[:, None]
+    return outputs, targets.to(outputs.dtype)
 
 
 def _without_last_one(shape: torch.Size) -> torch.Size:
@@ -281,14 +352,9 @@ def _zero_at_mode(name: str) -> IFVPUsageError:
 def _floating_output(outputs: Any, name: str) -> Tensor:
     if isinstance(outputs, Tensor) and outputs.dtype.is_floating_point and outputs.ndim:
         return outputs
-    found = (
-        f"a {outputs.dtype} tensor of shape {tuple(outputs.shape)}"
-        if isinstance(outputs, Tensor)
-        else type(outputs).__name__
-    )
     raise IFVPUsageError(
         f"{name} needs a model whose output is a floating tensor (B, ...) or has .logits; got "
-        f"{found}. Pass a callable loss(model, batch) that knows the output."
+        f"{described(outputs)}. Pass a callable loss(model, batch) that knows the output."
     )
 
 

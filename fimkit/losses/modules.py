@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +13,14 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import Loss, Uniforms
+from fimkit.losses.base import Loss, Uniforms, described
 from fimkit.losses.likelihoods import (
     BinaryCrossEntropy,
     CrossEntropy,
     GaussianNLL,
     PoissonNLL,
     SquaredError,
+    mean_and_variance,
 )
 
 __all__ = ["ModuleLoss"]
@@ -35,42 +38,131 @@ class ModuleLoss(Loss):
     Parameters
     ----------
     module : Module
+
+    Raises
+    ------
+    IFVPUsageError
+        If the module cannot be called with outputs and targets.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self.name = f"loss={type(module).__name__}()"
+        self._is_gaussian = isinstance(module, nn.GaussianNLLLoss)
+        #: Whether vmap takes the module; None until it was tried.
+        self._vectorizes: bool | None = None
+        signature = inspect.signature(module.forward)
+        try:
+            signature.bind(*range(3 if self._is_gaussian else 2))
+        except TypeError:
+            raise IFVPUsageError(
+                f"{self.name} takes {signature}, not a model's outputs and targets; pass a "
+                "callable loss(model, batch) that calls it and returns (B,) losses."
+            ) from None
+
+    def targets(self, batch: Any) -> Any:
+        """Return the targets of a batch; refuse an example whose mean would be of nothing."""
+        targets = super().targets(batch)
+        module: Any = self._module
+        averages = type(module) in _IGNORING and module.reduction == "mean"
+        if averages and isinstance(targets, Tensor) and not targets.dtype.is_floating_point:
+            ignored = module.ignore_index
+            shape = len(targets), math.prod(targets.shape[1:])
+            empty = (targets == ignored).reshape(shape).all(1)
+            if empty.any():
+                raise IFVPUsageError(
+                    f"{self.name} takes the mean over the targets of an example that count, of "
+                    f"which example {int(empty.nonzero()[0])} of the batch has none: all are "
+                    f"ignore_index={ignored}, and their mean is NaN. Use reduction='sum' or "
+                    "loss='cross_entropy', for which such an example has no loss and no gradient, "
+                    "or leave it out of the data."
+                )
+        return targets
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the module's value on each example alone, shape ``(B,)``."""
-        arguments: tuple[Any, ...] = (outputs, targets)
-        if isinstance(self._module, nn.GaussianNLLLoss):
-            mean, variance = outputs
-            arguments = (mean, targets, variance)
-        try:
-            return vmap(self._of_example)(*arguments)
-        except RuntimeError:  # an operator without a batching rule, or data-dependent control flow
-            return torch.stack(
-                [self._of_example(*example) for example in zip(*arguments, strict=True)]
-            )
+        arguments = self._arguments(outputs, targets)
+        if self._vectorizes is not False:
+            try:
+                losses = self._vectorized(*arguments)
+            except Exception:  # vmap refuses with many types of error; the other way is exact
+                pass
+            else:
+                self._vectorizes = True
+                return losses
+        losses = self._one_by_one(*arguments)
+        self._vectorizes = False
+        return losses
 
     def sample(self, outputs: Any, targets: Any, uniforms: Uniforms) -> Any:
         """Draw targets from the distribution whose likelihood the module is."""
-        return self._likelihood("'mc'", targets).sample(outputs, targets, uniforms)
+        return self._likelihood("'mc'", outputs, targets).sample(outputs, targets, uniforms)
 
     def mode(self, outputs: Any, targets: Any) -> Any:
         """Return the distribution's most probable targets."""
-        return self._likelihood("'predicted'", targets).mode(outputs, targets)
+        return self._likelihood("'predicted'", outputs, targets).mode(outputs, targets)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return the rows and weights of the likelihood that the module is."""
-        return self._likelihood("'exact'", targets).exact(outputs, targets)
+        return self._likelihood("'exact'", outputs, targets).exact(outputs, targets)
+
+    def _arguments(self, outputs: Any, targets: Any) -> tuple[Tensor, ...]:
+        """Return what the module is called with, tensors of equally many examples."""
+        if self._is_gaussian:
+            mean, variance = mean_and_variance(outputs, self.name)
+            arguments: tuple[Any, ...] = (mean, targets, variance)
+        else:
+            arguments = (outputs, targets)
+        if not all(isinstance(argument, Tensor) and argument.ndim for argument in arguments):
+            raise IFVPUsageError(
+                f"{self.name} needs outputs that are a tensor (B, ...), or have one as .logits, "
+                f"and targets that are a tensor (B, ...); got {_told(*arguments)}. Pass a "
+                "callable loss(model, batch) that knows them."
+            )
+        if len({len(argument) for argument in arguments}) > 1:
+            raise IFVPUsageError(
+                f"{self.name} got outputs and targets of different numbers of examples: "
+                f"{_told(*arguments)}."
+            )
+        if isinstance(self._module, _CLASSIFIERS) and not targets.dtype.is_floating_point:
+            arguments = (outputs, targets.long())  # the modules take no other integers
+        return arguments
+
+    def _vectorized(self, *arguments: Tensor) -> Tensor:
+        """Return the losses by one call of the module for all examples."""
+        call = vmap(self._of_example)
+        if self._vectorizes:
+            return call(*arguments)
+        with warnings.catch_warnings():
+            # What vmap itself takes example by example, it warns about.
+            warnings.filterwarnings("error", "There is a performance drop")
+            return call(*arguments)
+
+    def _one_by_one(self, *arguments: Tensor) -> Tensor:
+        if not len(arguments[0]):
+            return arguments[0].flatten()
+        losses = []
+        for example in zip(*arguments, strict=True):
+            try:
+                losses.append(self._of_example(*example))
+            except Exception as error:
+                error.add_note(
+                    f"{self.name} raised this for one example, called with "
+                    f"{_told(*(argument[None] for argument in example))}."
+                )
+                raise
+        return torch.stack(losses)
 
     def _of_example(self, *arguments: Tensor) -> Tensor:
-        value: Tensor = self._module(*(argument[None] for argument in arguments))
+        value = self._module(*(argument[None] for argument in arguments))
+        if not isinstance(value, Tensor):
+            raise IFVPUsageError(
+                f"{self.name} returned {type(value).__name__}; expected a tensor, whose sum is "
+                "the loss. Pass a callable loss(model, batch) that returns (B,) losses."
+            )
         return value.sum()
 
-    def _likelihood(self, fisher: str, targets: Any) -> Loss:
+    def _likelihood(self, fisher: str, outputs: Any, targets: Any) -> Loss:
         module = self._module
         make = _LIKELIHOODS.get(type(module))
         weighted = [
@@ -84,18 +176,35 @@ class ModuleLoss(Loss):
                 f"fisher={fisher} needs a likelihood, which {self.name}{what} is not; use "
                 "fisher='empirical', or a loss without weights or label smoothing."
             )
+        self._arguments(outputs, targets)  # refuses what the module does not take
+        if isinstance(module, nn.CrossEntropyLoss) and targets.dtype.is_floating_point:
+            raise IFVPUsageError(
+                f"fisher={fisher} of {self.name} is taken at integer labels; got targets that are "
+                "class probabilities. Give integer class targets, or use fisher='empirical'."
+            )
         terms = math.prod(targets.shape[1:])
         if getattr(module, "reduction", "") == "mean" and terms > 1 and make is not _squared:
             raise IFVPUsageError(
                 f"fisher={fisher} needs a likelihood, which the mean of {terms} terms per example "
                 f"that {self.name} takes is not; use reduction='sum'."
             )
-        return make(module)
+        likelihood = make(module)
+        likelihood.name = self.name
+        return likelihood
 
 
 def _squared(module: Any) -> Loss:
     return SquaredError(None if module.reduction == "mean" else 2.0)
 
+
+def _told(outputs: Any, targets: Any, *variances: Any) -> str:
+    """Return how a message tells what a module is called with."""
+    told = f"outputs {described(outputs)}, targets {described(targets)}"
+    return told + "".join(f", variances {described(each)}" for each in variances)
+
+
+_IGNORING = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASSIFIERS = (*_IGNORING, nn.MultiLabelMarginLoss, nn.MultiMarginLoss)
 
 _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Loss]] = {
     nn.BCEWithLogitsLoss: lambda module: BinaryCrossEntropy(),
