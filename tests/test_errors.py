@@ -291,7 +291,7 @@ FAILURES = {
     "outputs that are no tensor": (
         {},
         lambda: (of_outputs(lambda out: (out, out)), [batch()]),
-        r"whose output is a floating tensor \(B, \.\.\.\) or has \.logits; got tuple",
+        r"whose output is a floating tensor \(B, \.\.\.\) or has \.logits; got a tuple",
     ),
     "integer outputs": (
         {},
