@@ -11,7 +11,7 @@ from sklearn.base import clone
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 
-from fimkit import Explicit, ModelData, SingularFisherError
+from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.losses import CrossEntropy
 from fimkit.operators import BlockDiagonalOperator
@@ -1118,3 +1118,35 @@ def test_fit_transform_of_model_data():
     fitted = EKFAC(1e-2).fit(case.model(), case.batches(7, n=N))
     rows = kronecker.rows(case.model(), kronecker.empirical(case.example_loss), examples_of(case))
     assert reference.error(found, fitted.transform(rows)) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda b: torch.ones(1, 4), r"mask of shape \(1, 4\) for 6 examples; expected \(6, T\)"),
+        (lambda b: torch.zeros(b, 4).log(), "mask with other values than 0 and 1"),
+        (lambda b: torch.full((b, 4), torch.nan), "mask with other values than 0 and 1"),
+        (lambda b: torch.ones(b), r"mask a tensor of shape \(6,\); expected shape \(B, T\)"),
+    ],
+)
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_masks_that_are_none(method, mask, message):
+    def loss(model, batch):
+        losses = nn.functional.cross_entropy(model(batch[0]).mean(1), batch[1], reduction="none")
+        return losses, mask(len(losses))
+
+    batch = torch.randn(6, 4, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    with pytest.raises(IFVPUsageError, match=message):
+        method(loss=loss).fit(nn.Linear(3, 2), [batch])
+
+
+@pytest.mark.parametrize("method", [EKFAC, KFAC, Diagonal])
+def test_overflow_outside_layers_is_refused_by_name(method):
+    """Squares of gradients near 1e22 are beyond float32."""
+
+    def loss(model, batch):
+        return (model(batch[0]) * 1e22).sum(1)
+
+    x = torch.randn(5, 2000)
+    with pytest.raises(IFVPUsageError, match=r"the Fisher of block '.*' is not finite.*float64"):
+        method(loss=loss).fit(nn.LayerNorm(2000), [(x, x)])

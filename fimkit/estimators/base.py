@@ -123,6 +123,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         run = Run(Settings.of(self), model, dataloader)
         with evaluating(run.model):
             fitted = self._fit(run)
+        _refuse_overflow(fitted)
         if not isinstance(self.regularization, str):
             block_regularizations(self.regularization, list(fitted["_blocks"]))
         fitted.update(
@@ -399,6 +400,15 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         with evaluating(run.model):
             for gradients in run.gradients():
                 yield gradients.rows()
+
+
+def _refuse_overflow(fitted: Mapping[str, Any]) -> None:
+    for block, trace in zip(fitted["_blocks"], fitted["_traces"], strict=True):
+        if not math.isfinite(trace):
+            raise IFVPUsageError(
+                f"the Fisher of block {block!r} is not finite: its squared gradients overflow; "
+                "fit with dtype=torch.float64, or scale the loss."
+            )
 
 
 def _mean(scores: npt.NDArray[np.float64]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -71,7 +70,6 @@ class _KroneckerEstimator(FisherEstimator):
         self, run: Run, parts: _Parts, layers: dict[str, EigenKroneckerOperator]
     ) -> dict[str, Any]:
         """Return the fitted attributes, given the operators of the Kronecker layers."""
-        _refuse_overflow(layers)
         blocks: dict[str, tuple[Columns, Operator]] = {}
         coverage = dict(run.engine.coverage)
         for key, (columns, members) in parts.groups.items():
@@ -188,7 +186,10 @@ class EKFAC(_KroneckerEstimator):
         As for `Explicit`. Blocks, for ``"auto"`` and for one λ per block, are the layers.
     weight_sharing : {"expand", "reduce"}, default="expand"
         Whether the factors of a layer with several positions per example treat positions as
-        examples, or average inputs and sum gradients over them first. Λ is exact in both.
+        examples, or average inputs and sum gradients over them first. Λ is exact in both, for the
+        basis at hand; where a reduced factor is singular (fewer examples than the side is wide,
+        or gradients that sum to zero over positions, as at attention's keys), its null space has
+        no basis of its own, and the result depends there on rounding.
     fallback : {"auto", "raise"}, default="auto"
         What parameters outside Kronecker layers get: a block or diagonal, or an error by name.
     cache_budget : int, default=2**30
@@ -373,14 +374,3 @@ class Diagonal(FisherEstimator):
             "_blocks": {"all": Columns((slice(0, run.space.size),))},
             "_traces": [operator.trace()],
         }
-
-
-def _refuse_overflow(layers: Mapping[str, EigenKroneckerOperator]) -> None:
-    sums = [layer.eigenvalues.sum() for layer in layers.values()]
-    finite = torch.stack(sums).isfinite().tolist() if sums else []
-    for (key, layer), is_finite in zip(layers.items(), finite, strict=True):
-        if not is_finite:
-            raise IFVPUsageError(
-                f"the eigenvalues of {key!r} are not finite: its squared gradients overflow "
-                f"{layer.eigenvalues.dtype}; fit with dtype=torch.float64, or scale the loss."
-            )

@@ -164,7 +164,10 @@ class GradientEngine:
                 "the losses do not depend on any selected parameter through autograd: the model "
                 "or the loss detaches its result, for instance by torch.no_grad() or .item()."
             )
-        mask = _padding_mask(batch) if mask is None else mask
+        if mask is None:
+            mask = _padding_mask(batch)
+        else:
+            mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
         return _Pass(batch, labels, columns, scalars, weights, mask, capture.uses, graph)
 

@@ -96,13 +96,32 @@ class Objective:
                     f"{self.loss.name} returned a mask {_shown(mask)}; expected shape (B, T), 1 "
                     "where a position counts and 0 where it is padding."
                 )
-            mask = mask.bool()
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             raise IFVPUsageError(
                 f"{self.loss.name} returned {_shown(losses)}; expected one loss per example, "
                 "shape (B,), so give its reduction as 'none' and sum over all but the examples."
             )
         return losses, mask
+
+    def checked_mask(self, mask: Tensor, n: int) -> Tensor:
+        """Return the mask that the loss told as booleans, one row per example.
+
+        Raises
+        ------
+        IFVPUsageError
+            If it has other values than 0 and 1, or not a row for each of n examples.
+        """
+        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+            raise IFVPUsageError(
+                f"{self.loss.name} returned a mask with other values than 0 and 1; it is 1 where a "
+                "position counts and 0 where it is padding (not an additive mask)."
+            )
+        if mask.shape[0] != n:
+            raise IFVPUsageError(
+                f"{self.loss.name} returned a mask of shape {tuple(mask.shape)} for {n} examples; "
+                f"expected ({n}, T), a row for each (expand one that all share)."
+            )
+        return mask.bool()
 
 
 def _shown(value: Any) -> str:
