@@ -2,7 +2,7 @@
 
 from fimkit import functional, influence, losses
 from fimkit.data import ModelData
-from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit
+from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit, RegularizationCV
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Explicit",
     "IFVPUsageError",
     "ModelData",
+    "RegularizationCV",
     "SingularFisherError",
     "functional",
     "influence",

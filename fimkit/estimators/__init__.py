@@ -3,5 +3,6 @@
 from fimkit.estimators.datainf import DataInf
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
+from fimkit.estimators.regularization_cv import RegularizationCV
 
-__all__ = ["EKFAC", "KFAC", "DataInf", "Diagonal", "Explicit"]
+__all__ = ["EKFAC", "KFAC", "DataInf", "Diagonal", "Explicit", "RegularizationCV"]
