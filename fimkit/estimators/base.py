@@ -31,8 +31,10 @@ from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
     AmbientAutocast,
+    EvaluationTurns,
     FisherKind,
     Objective,
+    differentiating,
     evaluating,
 )
 from fimkit.losses import LOSSES, Loss
@@ -396,9 +398,15 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             for name, place in self._space.slices.items()
             if columns.locate(Columns((place,))) is not None
         }
-        with evaluating(run.model):
-            for gradients in run.gradients():
-                yield gradients.rows()
+        turns, batches = EvaluationTurns(run.model), run.gradients()
+        with differentiating():
+            while True:  # between batches, which may be for long, other threads have their turn
+                with turns.turn():
+                    gradients = next(batches, None)
+                    rows = None if gradients is None else gradients.rows()
+                if rows is None:
+                    return
+                yield rows
 
 
 def _mean(scores: npt.NDArray[np.float64]) -> Any:
