@@ -2,7 +2,7 @@
 
 from fimkit import functional, influence, losses
 from fimkit.data import ModelData
-from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit, RegularizationCV
+from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit, RegularizationCV, load
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SingularFisherError",
     "functional",
     "influence",
+    "load",
     "losses",
 ]
 

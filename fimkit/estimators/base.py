@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,8 +19,10 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from fimkit import serialization
 from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.blocks import block_columns, block_names
+from fimkit.estimators.description import describe
 from fimkit.estimators.regularization import (
     block_regularizations,
     given_regularizations,
@@ -281,6 +284,41 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             vectors, lambda flat: self.fisher_.inverse_quadratic(flat, damping)[None], "empirical"
         )[0]
         return norms
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted estimator into a file, from which `fimkit.load` takes it.
+
+        The file is in the safetensors format: tensors, and parameters as JSON, without code. So a
+        ``loss`` that is a function or a module is not in it, and is given to `load` again. Neither
+        is the model.
+
+        Parameters
+        ----------
+        path : str or path
+            A file of that name is replaced, once the new one is complete.
+
+        Raises
+        ------
+        IFVPUsageError
+            If the estimator is of a class of its own, or a parameter was set to something that a
+            file cannot hold.
+        """
+        check_is_fitted(self)
+        if not type(self).__module__.startswith("fimkit."):
+            raise IFVPUsageError(
+                f"{type(self).__name__} is no class of fimkit's, and code is not kept in files; "
+                "pickle the estimator instead."
+            )
+        tensors: dict[str, Tensor] = {}
+        parameters = self.get_params(deep=False)
+        apart = {*parameters, "device_", "_row_folder"}  # where it is loaded decides the last two
+        fitted = {name: value for name, value in vars(self).items() if name not in apart}
+        header = {
+            "class": type(self).__name__,
+            "parameters": describe(parameters, "parameters", tensors),
+            "fitted": describe(fitted, "fitted", tensors),
+        }
+        serialization.write(path, header, tensors)
 
     @property
     def regularization_(self) -> Any:

@@ -70,6 +70,8 @@ class DataInfOperator(Operator):
         self, rows: RowMatrix, n: int, device: torch.device, *, joint: bool = False
     ) -> None:
         self.rows = rows
+        self.n = n
+        self.joint = joint
         self.size = rows.size
         self.device = device
         dtype = memory.accumulation_dtype(device)
