@@ -2,7 +2,7 @@
 
 from fimkit import functional, influence, losses
 from fimkit.data import ModelData
-from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit
+from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit, RegularizationCV, load
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 
 __all__ = [
@@ -13,9 +13,11 @@ __all__ = [
     "Explicit",
     "IFVPUsageError",
     "ModelData",
+    "RegularizationCV",
     "SingularFisherError",
     "functional",
     "influence",
+    "load",
     "losses",
 ]
 

@@ -252,7 +252,7 @@ def test_no_targets(model, source):
         ([0, 11], IndexError, "length 10"),
         ([0, -11], IndexError, "length 10.*index -11 is out of bounds"),
         ([True] * 9, IndexError, "length 10.*boolean"),
-        (torch.ones(11, dtype=torch.bool), IndexError, "boolean axis is 11"),
+        (torch.ones(11, dtype=torch.bool), IndexError, "boolean .*is 11"),
         (1.5, IndexError, "length 10"),
         ([0.0, 1.0], IndexError, r"length 10.*must be of integer \(or boolean\) type"),
         (np.array([1.0]), IndexError, "length 10.*must be of integer"),

@@ -3,5 +3,7 @@
 from fimkit.estimators.datainf import DataInf
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
+from fimkit.estimators.loading import load
+from fimkit.estimators.regularization_cv import RegularizationCV
 
-__all__ = ["EKFAC", "KFAC", "DataInf", "Diagonal", "Explicit"]
+__all__ = ["EKFAC", "KFAC", "DataInf", "Diagonal", "Explicit", "RegularizationCV", "load"]

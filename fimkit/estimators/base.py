@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,8 +19,10 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from fimkit import serialization
 from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.blocks import block_columns, block_names
+from fimkit.estimators.description import describe
 from fimkit.estimators.regularization import (
     block_regularizations,
     given_regularizations,
@@ -31,8 +34,10 @@ from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
     AmbientAutocast,
+    EvaluationTurns,
     FisherKind,
     Objective,
+    differentiating,
     evaluating,
 )
 from fimkit.losses import LOSSES, Loss
@@ -281,6 +286,41 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         )[0]
         return norms
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted estimator into a file, from which `fimkit.load` takes it.
+
+        The file is in the safetensors format: tensors, and parameters as JSON, without code. So a
+        ``loss`` that is a function or a module is not in it, and is given to `load` again. Neither
+        is the model.
+
+        Parameters
+        ----------
+        path : str or path
+            A file of that name is replaced, once the new one is complete.
+
+        Raises
+        ------
+        IFVPUsageError
+            If the estimator is of a class of its own, or a parameter was set to something that a
+            file cannot hold.
+        """
+        check_is_fitted(self)
+        if not type(self).__module__.startswith("fimkit."):
+            raise IFVPUsageError(
+                f"{type(self).__name__} is no class of fimkit's, and code is not kept in files; "
+                "pickle the estimator instead."
+            )
+        tensors: dict[str, Tensor] = {}
+        parameters = self.get_params(deep=False)
+        apart = {*parameters, "device_", "_row_folder"}  # where it is loaded decides the last two
+        fitted = {name: value for name, value in vars(self).items() if name not in apart}
+        header = {
+            "class": type(self).__name__,
+            "parameters": describe(parameters, "parameters", tensors),
+            "fitted": describe(fitted, "fitted", tensors),
+        }
+        serialization.write(path, header, tensors)
+
     @property
     def regularization_(self) -> Any:
         """Regularization in force: a float, or one per block by name.
@@ -397,9 +437,15 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             for name, place in self._space.slices.items()
             if columns.locate(Columns((place,))) is not None
         }
-        with evaluating(run.model):
-            for gradients in run.gradients():
-                yield gradients.rows()
+        turns, batches = EvaluationTurns(run.model), run.gradients()
+        with differentiating():
+            while True:  # between batches, which may be for long, other threads have their turn
+                with turns.turn():
+                    gradients = next(batches, None)
+                    rows = None if gradients is None else gradients.rows()
+                if rows is None:
+                    return
+                yield rows
 
 
 def _refuse_overflow(fitted: Mapping[str, Any]) -> None:

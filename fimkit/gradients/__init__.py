@@ -2,16 +2,24 @@
 
 from fimkit.gradients.engine import GradientEngine
 from fimkit.gradients.groups import BatchGradients, GroupGradients
-from fimkit.gradients.modes import AmbientAutocast, evaluating, unwrap
+from fimkit.gradients.modes import (
+    AmbientAutocast,
+    EvaluationTurns,
+    differentiating,
+    evaluating,
+    unwrap,
+)
 from fimkit.gradients.objective import FisherKind, Objective
 
 __all__ = [
     "AmbientAutocast",
     "BatchGradients",
+    "EvaluationTurns",
     "FisherKind",
     "GradientEngine",
     "GroupGradients",
     "Objective",
+    "differentiating",
     "evaluating",
     "unwrap",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -10,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["AmbientAutocast", "evaluating", "held_tensors", "unwrap"]
+__all__ = [
+    "AmbientAutocast",
+    "EvaluationTurns",
+    "differentiating",
+    "evaluating",
+    "held_tensors",
+    "unwrap",
+]
+
+# Held while a model is in evaluation mode: its modules' flags, what torch.func changes in them,
+# torch's random state, cuDNN's flags and the compiler's stance are the same for all threads.
+_TURN = threading.RLock()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -70,25 +82,59 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Run with the model in evaluation mode, eagerly, with gradients on and autocasting off.
 
     Every module's own training flag and torch's random state are as before afterwards, also
-    when the body raises; an ambient ``no_grad`` or ``inference_mode`` has no effect inside.
+    when the body raises; an ambient ``no_grad`` or ``inference_mode`` has no effect inside. Other
+    threads wait for their turn.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with ExitStack() as stack:
-        if devices:
-            stack.enter_context(_exact_cudnn(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(AmbientAutocast().disabled())
-        stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
-        if "torch._dynamo" in sys.modules:  # else nothing was compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
+    with differentiating(), EvaluationTurns(model).turn():
+        yield
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Run this thread with gradients on, and inference mode and autocasting off."""
+    with torch.inference_mode(False), torch.enable_grad(), AmbientAutocast().disabled():
+        yield
+
+
+class EvaluationTurns:
+    """A model's turns in evaluation mode, taken by one thread at a time in the whole process.
+
+    Between turns everything is as it was, and other threads may have theirs. Random numbers go on
+    from turn to turn, as if it were one.
+
+    Parameters
+    ----------
+    model : Module
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._random: list[Tensor] = []
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Run with the model in evaluation mode, eagerly; as it was afterwards."""
+        indices = [device.index for device in self._devices]
+        with _TURN, ExitStack() as stack:
+            if indices:
+                stack.enter_context(_exact_cudnn(self._model))
+            stack.enter_context(torch.random.fork_rng(indices))
+            if "torch._dynamo" in sys.modules:  # else nothing was compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self._random:
+                torch.set_rng_state(self._random[0])
+                for index, state in zip(indices, self._random[1:], strict=True):
+                    torch.cuda.set_rng_state(state, index)
+            flags = [(module, module.training) for module in self._model.modules()]
+            try:
+                self._model.eval()
+                yield
+            finally:
+                for module, training in flags:
+                    module.training = training
+                of_devices = [torch.cuda.get_rng_state(index) for index in indices]
+                self._random = [torch.get_rng_state(), *of_devices]
 
 
 def _exact_cudnn(model: nn.Module) -> AbstractContextManager[None]:

@@ -70,6 +70,8 @@ class DataInfOperator(Operator):
         self, rows: RowMatrix, n: int, device: torch.device, *, joint: bool = False
     ) -> None:
         self.rows = rows
+        self.n = n
+        self.joint = joint
         self.size = rows.size
         self.device = device
         dtype = memory.accumulation_dtype(device)
@@ -215,14 +217,17 @@ class DataInfOperator(Operator):
     def _factor(self, damping: float) -> Tensor:
         """Return the lower factor of ``I - UᵀU``, or of ``I - UUᵀ`` where that is smaller."""
         self._check(damping)
-        if self._kept is None or self._kept[0] != damping:
-            matrix = (self._outer if self._primal else self._inner)(damping).neg_()
-            matrix.diagonal().add_(1)
-            factor, info = torch.linalg.cholesky_ex(matrix)
-            if int(info) != 0:
-                raise singular(damping, "all gradients are parallel, or nearly so, and far longer")
-            self._kept = damping, factor
-        return self._kept[1]
+        kept = self._kept  # read once, since another thread may replace it
+        if kept is not None and kept[0] == damping:
+            return kept[1]
+        matrix = (self._outer if self._primal else self._inner)(damping).neg_()
+        matrix.diagonal().add_(1)
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) != 0:
+            raise singular(damping, "all gradients are parallel, or nearly so, and far longer")
+        self._kept = damping, factor
+        return factor
 
     def _inner(self, damping: float) -> Tensor:
         """Return ``UUᵀ``, shape ``(r, r)``."""

@@ -44,6 +44,7 @@ class GramOperator(Operator):
 
     def __init__(self, rows: RowMatrix, n: int, device: torch.device) -> None:
         self.rows = rows
+        self.n = n
         self.size = rows.size
         self.device = device
         dtype = accumulation_dtype(device)
