@@ -6,6 +6,7 @@ or raises its log-odds; where a library's sign is the opposite, it is turned.
 
 import contextlib
 import copy
+import io
 import logging
 import tempfile
 import warnings
@@ -58,7 +59,7 @@ def dattri(problem, measurement, kind, damping):
         attributor = TRAKAttributor(
             task, probability, {"proj_dim": directions, "device": "cpu"}, regularization=damping
         )
-        with contextlib.redirect_stderr(None):  # its progress bars
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             attributor.cache(train)
             scores = attributor.attribute(queries)
     else:
@@ -66,7 +67,7 @@ def dattri(problem, measurement, kind, damping):
             "EKFAC": partial(IFAttributorEKFAC, damping=damping),
             "DataInf": partial(IFAttributorDataInf, regularization=damping),
         }[kind](task)
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             attributor.cache(train)
             scores = attributor.attribute(train, queries)
     return scores.detach().T.double().numpy()
