@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from fimkit.exceptions import IFVPUsageError
 
@@ -81,6 +89,7 @@ class ModelData:
                     "the DataLoader has batch_size=None, so its dataset holds no examples to slice "
                     "but batches; give it to fit(model, dataloader) directly."
                 )
+            _refuse_samplers(dataset)
             batch_size = dataset.batch_size or batch_size
             collate_fn = collate_fn or dataset.collate_fn
             dataset = dataset.dataset
@@ -180,6 +189,22 @@ class ModelData:
             Subset(self.dataset, self.indices.tolist()),
             batch_size=self.batch_size,
             collate_fn=self.collate_fn,
+        )
+
+
+def _refuse_samplers(loader: DataLoader[Any]) -> None:
+    """Refuse a loader that may leave examples of its dataset out, or repeat some."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    whole = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+    )
+    if not whole and not isinstance(loader.dataset, IterableDataset):
+        raise IFVPUsageError(
+            f"the loader draws by a {type(sampler).__name__}, and a ModelData is all of its "
+            "dataset; give ModelData(model, loader.dataset, indices=...) with the positions of "
+            "its examples, and collate_fn= if the loader has one."
         )
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from fimkit import IFVPUsageError, ModelData
 
@@ -261,3 +269,13 @@ def test_no_targets(model, source):
 def test_errors_of_indexing(model, key, error, message):
     with pytest.raises(error, match=message):
         ModelData(model, Pairs())[key]
+
+
+def test_loaders_that_draw_a_part():
+    """A ModelData is all of its dataset, so a loader of a part of it is no way to make one."""
+    dataset = TensorDataset(torch.zeros(6, 3), torch.zeros(6))
+    model = torch.nn.Linear(3, 2)
+    for sampler in (SubsetRandomSampler([0, 3]), RandomSampler(dataset, num_samples=4)):
+        with pytest.raises(IFVPUsageError, match=r"draws by a .*RandomSampler.*indices="):
+            ModelData(model, DataLoader(dataset, sampler=sampler))
+    assert len(ModelData(model, DataLoader(dataset, shuffle=True))) == 6

@@ -10,7 +10,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from fimkit import (
     EKFAC,
@@ -61,6 +61,25 @@ def with_layer(layer):
 def of_outputs(function):
     """Return a model whose outputs are changed by a function."""
     return Apply(lambda self, x: function(self.inner(x)), inner=model())
+
+
+def made_in_inference():
+    with torch.inference_mode():
+        return model()
+
+
+def hooked():
+    network = model()
+    network[0].weight.register_hook(lambda gradient: gradient * 2)
+    return network
+
+
+def dropping():
+    """Return a loader that leaves out an example of each batch."""
+    items = TensorDataset(*batch())
+    return DataLoader(
+        items, batch_size=3, collate_fn=lambda examples: default_collate(examples[1:])
+    )
 
 
 def of_targets(function):
@@ -168,6 +187,26 @@ FAILURES = {
         {},
         lambda: (with_layer(nn.BatchNorm1d(4, track_running_stats=False)), [batch()]),
         r"layer '1' \(BatchNorm1d\) has no running statistics.*track_running_stats=True",
+    ),
+    "a model of inference mode": (
+        {},
+        lambda: (made_in_inference(), [batch()]),
+        r"parameter '0\.weight' was made under torch\.inference_mode",
+    ),
+    "a gradient hook": (
+        {},
+        lambda: (hooked(), [batch()]),
+        r"do not add up to autograd's gradient for '0\.weight'.*a hook on the parameter",
+    ),
+    "inputs changed in place": (
+        {},
+        lambda: (Apply(lambda self, x: self.inner(x.sub_(0.5)), inner=model()), [batch()]),
+        "batch 0: the model or the loss changes its inputs in place",
+    ),
+    "examples that collation drops": (
+        {"fisher": "mc", "random_state": 0},
+        lambda: (model(), dropping()),
+        "batch 0: the loader drew 3 examples and the batch holds 2",
     ),
     # parameters
     "an unknown name": (

@@ -74,6 +74,12 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None) -> Param
             raise IFVPUsageError(f"parameters: {pattern!r} {_why_unmatched(model, pattern)}.")
         trainable = [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]
     shapes = {name: tuple(named[name].shape) for name in trainable}
+    for name in shapes:
+        if named[name].is_inference():
+            raise IFVPUsageError(
+                f"parameter {name!r} was made under torch.inference_mode, where nothing can be "
+                "differentiated; make or load the model outside it."
+            )
     complex_names = [name for name in shapes if named[name].is_complex()]
     if complex_names:
         raise IFVPUsageError(

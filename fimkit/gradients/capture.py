@@ -31,15 +31,12 @@ class Capture(TorchFunctionMode):
         The calls seen, in order.
     detached : set of str
         Parameters met by a call whose output carries no gradient.
-    rearranged : bool
-        Whether a call may have put examples at places that depend on the data.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.uses: list[Use] = []
         self.detached: set[str] = set()
-        self.rearranged = False
         self._index = ParameterIndex(parameters)
 
     def __torch_function__(
@@ -50,7 +47,6 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.rearranged = self.rearranged or _rearranges(func, args)
         if func in ENTERED:
             with self:
                 return ENTERED[func](*args, **kwargs)
@@ -69,34 +65,3 @@ class Capture(TorchFunctionMode):
         use.edge = get_gradient_edge(output)
         self.uses.append(use)
         return output
-
-
-# Functions by which data decides what comes where.
-_REARRANGING = {
-    "argsort",
-    "bincount",
-    "gather",
-    "index_add",
-    "index_copy",
-    "index_put",
-    "index_select",
-    "masked_scatter",
-    "masked_select",
-    "nonzero",
-    "scatter",
-    "scatter_add",
-    "scatter_reduce",
-    "sort",
-    "take",
-    "take_along_dim",
-    "topk",
-    "unique",
-}
-
-
-def _rearranges(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    name = getattr(func, "__name__", "").removesuffix("_")
-    if name in ("__getitem__", "__setitem__"):
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(part, Tensor | list) for part in index)
-    return name in _REARRANGING

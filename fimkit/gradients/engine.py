@@ -8,6 +8,7 @@ compared with autograd's own gradient of the same sums of losses, parameter by p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,13 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
-from fimkit.gradients.modes import AmbientAutocast
+from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.modes import AmbientAutocast, held_tensors
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
 from fimkit.gradients.tree import tensors
-from fimkit.gradients.verification import Finding, RandomSum, graph_shape, same_scalars
+from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
 from fimkit.losses import Uniforms
 from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
@@ -49,7 +51,6 @@ class _Pass:
     mask: Tensor | None
     uses: list[Use]
     graph: frozenset[tuple[Any, int]]
-    rearranged: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,7 +111,7 @@ class GradientEngine:
         self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
-        self._found: dict[Any, list[Finding]] = {}
+        self._layouts: dict[Any, list[BatchLayout | None]] = {}
         self.coverage = dict.fromkeys(space.shapes, "no gradient seen")
 
     def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
@@ -129,25 +130,33 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
-        found = self._found.get(run.key)
-        checked = found is not None and not any(finding.silent for finding in found)
-        signals = self._signals(run, keep_graph=not checked)
-        if found is None or not _holds(found, run, signals):
-            found = self._verify(run, signals)
-        shared = {tensor.untyped_storage().data_ptr() for tensor in tensors(batch)}
-        shared.update(buffer.untyped_storage().data_ptr() for buffer in self._model.buffers())
+        shared = {
+            t.untyped_storage().data_ptr() for t in (*tensors(batch), *held_tensors(self._model))
+        }
+        for use in run.uses:  # before the model runs again
+            use.own_input(shared)
+        signals = self._signals(run)
+        layouts = self._layouts.get(run.key)
+        # What decides where examples are may be in the data, so every batch is looked at.
+        if layouts is None or not self._hold(layouts, run, signals):
+            layouts = self._layouts[run.key] = self._verify(run, signals)
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
-            use.own_input(shared)
-        return self._collect(run, _locate(run, signals, found), self._fallback_rows(run))
+        return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
+        versions = [tensor._version for tensor in tensors(batch)]
         with self._autocast.restored(), Capture(self._parameters) as capture:
             self._objective.loss.targets(batch)  # refuses a batch without any
             outputs = self._objective.loss.outputs(self._model, batch)
             labels = self._objective.labels(outputs, batch, uniforms)
             columns, weights, mask = self._objective.columns(outputs, labels)
             scalars = torch.stack(tuple(columns), 1)
+        if versions != [tensor._version for tensor in tensors(batch)]:
+            raise IFVPUsageError(
+                "the model or the loss changes its inputs in place, so that they cannot be given "
+                "to it again; let it work on a copy, such as x = x - x.mean() for x.sub_(x.mean())."
+            )
         if not scalars.shape[0]:
             raise IFVPUsageError("it has no examples; remove empty batches.")
         if not scalars.requires_grad:
@@ -157,42 +166,42 @@ class GradientEngine:
             )
         mask = _padding_mask(batch) if mask is None else mask
         graph = graph_shape(scalars, capture.detached)
-        return _Pass(
-            batch, labels, columns, scalars, weights, mask, capture.uses, graph, capture.rearranged
-        )
+        return _Pass(batch, labels, columns, scalars, weights, mask, capture.uses, graph)
 
-    def _signals(self, run: _Pass, *, keep_graph: bool) -> list[Tensor | None]:
-        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero.
-
-        The graph goes with the last of them, layer by layer, unless it is to be kept.
-        """
+    def _signals(self, run: _Pass) -> list[Tensor | None]:
+        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
         edges = [use.edge for use in run.uses]
         if not edges:
             return []
-        last = len(run.columns) - 1
         per_scalar = [
-            torch.autograd.grad(
-                column.sum(), edges, retain_graph=keep_graph or i < last, allow_unused=True
-            )
-            for i, column in enumerate(run.columns)
+            torch.autograd.grad(column.sum(), edges, retain_graph=True, allow_unused=True)
+            for column in run.columns
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[Finding]:
+    def _hold(
+        self, layouts: list[BatchLayout | None], run: _Pass, signals: list[Tensor | None]
+    ) -> bool:
+        """Whether layouts that were found in another batch are those of this one."""
+        calls = [(item.use, item.signals, item.layout) for item in _locate(run, signals, layouts)]
+        return still_fit(run.scalars, calls, self._autocast.precision)
+
+    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[BatchLayout | None]:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
         """
         check = RandomSum(run.scalars, run.uses, self._parameters, self._autocast.precision)
         check.refuse_infinite()
-        found = [
+        layouts = [
             check.find(i, use, signal)
             for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
         ]
-        for use, finding in zip(run.uses, found, strict=True):
-            if finding.layout is None:
+        for use, layout in zip(run.uses, layouts, strict=True):
+            if layout is None:
                 self._fallback_names.update(use.names)
-        located = _locate(run, signals, found)
+        self._fallback_names.update(self._used_unseen(run))
+        located = _locate(run, signals, layouts)
         while True:  # what falls back may pair the rest in another way
             groups = self._groups or self._pair(run.uses)
             captured = self._collect(run, located, {}, groups)
@@ -206,16 +215,19 @@ class GradientEngine:
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
         self._verify_alone(run)
-        # Without a proof, or where examples may change places, look again in the next batch.
-        if not run.rearranged and all(finding.proven or finding.silent for finding in found):
-            self._found[run.key] = found
         for name in self._space.shapes:
             if name in self._fallback_names:
                 self.coverage[name] = self._fallback.description
         for use in run.uses:
             for name in set(use.names) - self._fallback_names:
                 self.coverage[name] = use.description
-        return found
+        return layouts
+
+    def _used_unseen(self, run: _Pass) -> list[str]:
+        """Return the parameters that the graph leads to more often than calls were captured."""
+        edges = dict(run.graph)
+        seen = Counter(name for use in run.uses for name in use.names)
+        return [n for n, p in self._parameters.items() if edges.get(id(p), 0) > seen[n]]
 
     def _pair(self, uses: list[Use]) -> list[Group]:
         return pair_parameters(self._space.shapes, uses, self._fallback_names, self._blocks)
@@ -244,24 +256,22 @@ class GradientEngine:
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"
             f"{alone}: {_DEPENDENT}, or a tensor of the batch has its examples neither along its "
-            "first nor its second dimension. Remove the dependence, or leave these parameters out "
-            "with parameters=."
+            "first nor its second dimension, or a hook on the parameter changes its gradient. "
+            "Remove the cause, or leave these parameters out with parameters=."
         ) from problem
 
     def _verify_alone(self, run: _Pass) -> None:
         """Refuse losses of an example that are others without the rest of its batch."""
         if run.shape[0] < 2:
             return
-        alone = 0
-        for scalars in self._fallback.first_alone(run.batch, run.labels, run.shape[0]):
-            if same_scalars(scalars, run.scalars[:1]):
-                return
-            alone += 1
-        if alone:
-            raise IFVPUsageError(
-                f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove the "
-                "dependence."
-            )
+        for i in (0, run.shape[0] - 1):
+            own = run.scalars[i : i + 1]
+            alone = self._fallback.alone(i, run.batch, run.labels, run.shape[0])
+            if not any(scalars is None or same_scalars(scalars, own) for scalars in alone):
+                raise IFVPUsageError(
+                    f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
+                    "the dependence."
+                )
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]
@@ -311,20 +321,12 @@ def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:
     return torch.stack([zero if value is None else value for value in values])
 
 
-def _holds(found: list[Finding], run: _Pass, signals: list[Tensor | None]) -> bool:
-    """Whether what was found before can hold this batch, and calls without gradient have none."""
-    n = run.shape[0]
-    for finding, use in zip(found, run.uses, strict=True):
-        if finding.layout is not None and not finding.layout.fits(use.lead, n):
-            return False
-    silent = [s for f, s in zip(found, signals, strict=True) if f.silent and s is not None]
-    return not silent or not torch.stack([signal.any() for signal in silent]).any()
-
-
-def _locate(run: _Pass, signals: list[Tensor | None], found: list[Finding]) -> list[Located]:
+def _locate(
+    run: _Pass, signals: list[Tensor | None], layouts: list[BatchLayout | None]
+) -> list[Located]:
     """Return the calls that carry gradient and whose examples are found."""
     return [
-        Located(use, signal, finding.layout)
-        for use, signal, finding in zip(run.uses, signals, found, strict=True)
-        if signal is not None and finding.layout is not None
+        Located(use, signal, layout)
+        for use, signal, layout in zip(run.uses, signals, layouts, strict=True)
+        if signal is not None and layout is not None
     ]

@@ -78,14 +78,21 @@ class FallbackGradients:
         if cut != self._cut:
             self._cut, self.vectorized = cut, True
 
-    def first_alone(self, batch: Any, labels: list[Any], n: int) -> Iterator[Tensor]:
-        """Yield the first example's scalars without the rest, by each way to cut it out."""
+    def alone(self, i: int, batch: Any, labels: list[Any], n: int) -> Iterator[Tensor | None]:
+        """Yield an example's scalars without the rest, by each way to cut it out.
+
+        None at the end, if the model could not be run on it by any.
+        """
+        ran = False
         for cut in self.cuts(batch, labels, n):
             scalars: Tensor | None = None
             with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
-                scalars = self._program(*_example(0, cut, (batch, labels)))
+                scalars = self._program(*_example(i, cut, (batch, labels)))
             if scalars is not None and len(scalars) == 1:
+                ran = True
                 yield scalars
+        if not ran:
+            yield None
 
     def rows(
         self, names: Sequence[str], batch: Any, labels: list[Any], n: int

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["AmbientAutocast", "evaluating", "unwrap"]
+__all__ = ["AmbientAutocast", "evaluating", "held_tensors", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -22,6 +22,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a model may write to: its buffers and its modules' attributes."""
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 class AmbientAutocast:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fimkit.exceptions import IFVPUsageError
+
 __all__ = ["ExampleUniforms"]
 
 
@@ -38,6 +40,12 @@ class ExampleUniforms:
         indices = self._indices
         if isinstance(indices, int):
             indices = np.arange(indices, indices + n)
+        if len(indices) != n:
+            raise IFVPUsageError(
+                f"the loader drew {len(indices)} examples and the batch holds {n}, so that sampled "
+                "labels (fisher='mc') cannot be told which example they are for; let collate_fn "
+                "keep every example, and leave some out by the dataset or the sampler."
+            )
         numbers = np.empty((n, m))
         for row, index in zip(numbers, indices, strict=True):
             bits = np.random.Philox(key=self._seed, counter=[0, 0, self._sample, int(index)])

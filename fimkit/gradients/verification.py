@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,30 +15,74 @@ from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
 
-__all__ = ["Finding", "RandomSum", "graph_shape", "same_scalars"]
+__all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Where the examples of a call are.
+def still_fit(
+    scalars: Tensor,
+    calls: Sequence[tuple[Use, Tensor, BatchLayout]],
+    precision: torch.dtype | None,
+) -> bool:
+    """Whether layouts that were found in other batches hold in this one.
 
-    Attributes
+    At every position the gradient of a random sum of the scalars must be the same combination of
+    its example's signals; both are compared along one random direction of features.
+
+    Parameters
     ----------
-    layout : BatchLayout or None
-        The one that fits best; None if none does.
-    proven : bool
-        Whether it is the only one that fits, by gradients that are not all zero.
-    silent : bool
-        Whether there was no gradient to prove it by.
+    scalars : Tensor of shape (B, c)
+    calls : sequence of (Use, Tensor, BatchLayout)
+        Calls with their signals ``(c, *output shape)``.
+    precision : torch.dtype, optional
+        As for `RandomSum`.
     """
+    n = len(scalars)
+    calls = [call for call in calls if call[2].axis is not None]
+    if not all(layout.fits(use.lead, n) for use, _, layout in calls):
+        return False
+    if not calls:
+        return True
+    coefficients = _coefficients(scalars)
+    edges = [use.edge for use, _, _ in calls]
+    found = torch.autograd.grad(
+        (coefficients * scalars).sum(), edges, retain_graph=True, allow_unused=True
+    )
+    fitting = []
+    for observed, (use, signals, layout) in zip(found, calls, strict=True):
+        if observed is None:
+            continue
+        tolerance = max(_tolerance(d) for d in {observed.dtype, precision or observed.dtype})
+        direction = _direction(observed, len(use.lead))
 
-    layout: BatchLayout | None
-    proven: bool
-    silent: bool = False
+        def along(tensor: Tensor, use: Use = use, direction: Tensor = direction) -> Tensor:
+            return tensor.reshape(*use.lead, -1) @ direction
+
+        one = layout.split(along(observed), use.lead, n)
+        weights = coefficients.to(signals)
+        other = sum(
+            layout.split(along(signal), use.lead, n) * weights[:, j, None]
+            for j, signal in enumerate(signals)
+        )
+        fitting.append(((one - other).norm() <= tolerance * one.norm()).to(scalars.device))
+    return not fitting or bool(torch.stack(fitting).all())
+
+
+def _coefficients(scalars: Tensor) -> Tensor:
+    """Return the random coefficients of a sum of scalars, the same for the same shape."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return random.to(scalars)
+
+
+def _direction(like: Tensor, lead: int) -> Tensor:
+    """Return a random direction of the features behind the leading dimensions."""
+    generator = torch.Generator(like.device).manual_seed(1)
+    size = math.prod(like.shape[lead:])
+    return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
 class RandomSum:
@@ -64,9 +108,7 @@ class RandomSum:
         precision: torch.dtype | None = None,
     ) -> None:
         self._precision = set() if precision is None else {precision}
-        generator = torch.Generator("cpu").manual_seed(0)
-        random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64, device="cpu")
-        self.coefficients = random.to(scalars)
+        self.coefficients = _coefficients(scalars)
         inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
         self._total = (self.coefficients * scalars).sum()
         gradients = torch.autograd.grad(
@@ -84,10 +126,10 @@ class RandomSum:
             )
         }
 
-    def find(self, i: int, use: Use, signals: Tensor | None) -> Finding:
-        """Find the layout under which each position answers to one example's scalars only.
+    def find(self, i: int, use: Use, signals: Tensor | None) -> BatchLayout | None:
+        """Return the layout under which each position answers to one example's scalars only.
 
-        Asked once of each call: what it takes is forgotten.
+        None if there is none. Asked once of each call: what it takes is forgotten.
 
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
@@ -97,8 +139,7 @@ class RandomSum:
         observed, self._signals[i] = self._signals[i], None
         size = 0.0 if signals is None or observed is None else _norm(observed)
         if signals is None or observed is None or not size:
-            layout = candidates[0] if candidates else BatchLayout(None)
-            return Finding(layout, proven=False, silent=signals is None or not signals.any())
+            return candidates[0] if candidates else BatchLayout(None)
         tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
         weights = self.coefficients.to(signals)
         fitting: list[tuple[float, BatchLayout]] = []
@@ -110,9 +151,7 @@ class RandomSum:
             error = layout.split(observed, use.lead, n).flatten(1) - expected
             if _norm(error) <= tolerance * size:
                 fitting.append((_norm(error), layout))
-        if not fitting:
-            return Finding(None, proven=True)
-        return Finding(min(fitting, key=lambda item: item[0])[1], proven=len(fitting) == 1)
+        return min(fitting, key=lambda item: item[0])[1] if fitting else None
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
