@@ -1,5 +1,8 @@
 """Scores of training examples against their definition and their meaning."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from fimkit import Explicit, IFVPUsageError, ModelData
+from fimkit import Explicit, IFVPUsageError, ModelData, influence
 from fimkit.influence import pairwise_scores, self_influence, top_k
 from tests import reference
 from tests.cases import BY_NAME, N, mlp, points
@@ -64,6 +67,90 @@ def test_top_k(scored, expected, k, largest):
     order = expected.argsort(1, descending=largest)[:, :k]
     assert indices.tolist() == order.tolist()
     assert reference.error(scores, expected.gather(1, order)) <= 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 3, N])
+@pytest.mark.parametrize("largest", [True, False])
+def test_top_k_of_equal_scores(scored, monkeypatch, size, largest):
+    """Of equal scores the earliest examples' come first, whatever the batches are."""
+    every = torch.randint(3, (3, N), generator=torch.Generator().manual_seed(0)).double()
+
+    def blocks(*arguments):
+        for start in range(0, N, size):
+            here = slice(start, start + size)
+            yield (slice(0, 3), here), every[None, :, here]
+
+    monkeypatch.setattr(influence, "_score_blocks", blocks)
+    order = every.sort(dim=1, descending=largest, stable=True)
+    for k in range(1, N + 1):
+        best = top_k(*scored, k, largest=largest)
+        assert best.indices.tolist() == order.indices[:, :k].tolist()
+        assert best.scores.tolist() == order.values[:, :k].tolist()
+
+
+def test_a_table(scored):
+    """The columns have a line for each query and rank."""
+    best = top_k(*scored, 2)
+    indices, scores = best
+    columns = best.columns()
+    assert list(columns) == ["query", "rank", "train", "score"]
+    assert columns["query"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert columns["rank"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert columns["train"].tolist() == indices.flatten().tolist()
+    assert columns["score"].tolist() == scores.flatten().tolist()
+
+
+def test_progress(scored, capsys):
+    """Passes over the data show their progress if the fit was asked to."""
+    _, train, queries = scored
+    for verbose in (0, 1):
+        fitted = Explicit(REGULARIZATION, verbose=verbose).fit(train)
+        capsys.readouterr()
+        top_k(fitted, train, queries, 2)
+        assert ("batches" in capsys.readouterr().err) == bool(verbose)
+
+
+MEMORY = """
+import resource
+import sys
+
+import torch
+from fimkit import EKFAC, ModelData
+from fimkit.influence import top_k
+
+class Made:
+    "Examples that are made when asked for."
+    def __init__(self, n):
+        self.n = n
+    def __len__(self):
+        return self.n
+    def __getitem__(self, i):
+        if i >= self.n:
+            raise IndexError
+        return torch.full((200,), float(i % 13)).cos(), i % 10
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(200, 400), torch.nn.Tanh(), torch.nn.Linear(400, 10))
+data = ModelData(model, Made(int(sys.argv[1])), batch_size=64)
+fitted = EKFAC(1e-3).fit(data[:256])
+def highest():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def score(data):
+    top_k(fitted, data, data[:20], 5, measurement="margin", normalization="relatif")
+score(data[:256])
+before = highest()
+score(data)
+print(highest() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_independent_of_the_training_set():
+    """10,000 examples by 84,410 parameters would take 3.1 GiB in float32."""
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, "10000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 32  # MiB
 
 
 def test_self_influence(scored, case):

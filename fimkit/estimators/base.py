@@ -40,7 +40,7 @@ from fimkit.gradients import (
     differentiating,
     evaluating,
 )
-from fimkit.losses import LOSSES, Loss
+from fimkit.losses import LOSSES, Loss, measured
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
 
 __all__ = ["FisherEstimator", "components", "compose"]
@@ -408,7 +408,11 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         return out
 
     def gradients(
-        self, data: ModelData, fisher: FisherKind | None = "empirical"
+        self,
+        data: ModelData,
+        fisher: FisherKind | None = "empirical",
+        *,
+        measurement: Any = "loss",
     ) -> Iterator[RowMatrix]:
         """Yield the per-example gradients of data batch by batch, as rows kept in factors.
 
@@ -418,6 +422,9 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             Examples, with a model of the fitted parameters.
         fisher : str or None, default="empirical"
             Kind of rows; the fitted kind when None.
+        measurement : {"loss", "logit", "log_odds", "margin"} or callable, default="loss"
+            What gradients are of: the loss, or the negative of a measurement, as
+            `fimkit.influence` takes it.
 
         Yields
         ------
@@ -427,9 +434,11 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         check_model_data(data, "data")
         settings = self._settings
+        objective = settings.objective
         if fisher is not None:
-            objective = Objective(settings.objective.loss, fisher)
-            settings = replace(settings, objective=objective)
+            objective = Objective(objective.loss, fisher)
+        objective = replace(objective, loss=measured(objective.loss, measurement))
+        settings = replace(settings, objective=objective)
         run = Run(settings, data, space=self._space)
         run.blocks = {
             name: i

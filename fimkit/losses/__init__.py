@@ -6,7 +6,8 @@ model's outputs on a batch, the batch's targets, and then for one of:
 - ``losses``: :math:`l_i` at given targets (the empirical Fisher takes the batch's own);
 - ``sample``: targets drawn from the predictive distribution (``mc``);
 - ``mode``: its most probable targets (``predicted``);
-- ``exact``: scalars whose gradients, weighted, give the type-2 Fisher (``exact``).
+- ``exact``: scalars whose gradients, weighted, give the type-2 Fisher (``exact``);
+- ``measure``: what else of a prediction influence may explain (its margin, for instance).
 
 A custom loss is a callable ``loss(model, batch)`` for the empirical Fisher, or a subclass of
 `Loss` with as many of these methods as it needs.
@@ -21,9 +22,18 @@ from torch import nn
 from fimkit.exceptions import IFVPUsageError
 from fimkit.losses.base import CallableLoss, Loss, Uniforms
 from fimkit.losses.likelihoods import BinaryCrossEntropy, CrossEntropy, SquaredError
+from fimkit.losses.measurements import measured
 from fimkit.losses.modules import ModuleLoss
 
-__all__ = ["LOSSES", "CallableLoss", "Loss", "ModuleLoss", "Uniforms", "resolve_loss"]
+__all__ = [
+    "LOSSES",
+    "CallableLoss",
+    "Loss",
+    "ModuleLoss",
+    "Uniforms",
+    "measured",
+    "resolve_loss",
+]
 
 LOSSES: dict[str, type[Loss]] = {
     "bce": BinaryCrossEntropy,

@@ -80,6 +80,22 @@ class Loss:
         """
         raise self._refusal("'exact'", "exact")
 
+    def measure(self, measurement: str, outputs: Any, targets: Any) -> Tensor:
+        """Return what a classifier's logits say for the targets of each example, shape ``(B,)``.
+
+        Parameters
+        ----------
+        measurement : {"logit", "log_odds", "margin"}
+            The target's logit; the logarithm of its probability over that of all other classes;
+            or its logit less the highest other. Summed over an example's targets that count.
+        outputs, targets
+            As for `losses`.
+        """
+        raise IFVPUsageError(
+            f"measurement={measurement!r} needs the logits of classes, which {self.name} does not "
+            "give; use a callable measurement(model, batch) returning (B,) numbers."
+        )
+
     def _refusal(self, fisher: str, method: str) -> IFVPUsageError:
         return IFVPUsageError(
             f"fisher={fisher} needs a likelihood, which {self.name} does not give; use "

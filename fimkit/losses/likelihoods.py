@@ -85,6 +85,18 @@ class CrossEntropy(Loss):
         weights = torch.where(counts, logits.detach().double().softmax(-1), 0)
         return rows.flatten(1), weights.flatten(1)
 
+    def measure(self, measurement: str, outputs: Any, targets: Any) -> Tensor:
+        """Return the targets' logits, log-odds or margins, summed over each example, ``(B,)``."""
+        logits, targets = self._aligned(outputs, targets)
+        counts = targets != self.ignore_index
+        classes = torch.where(counts, targets, 0)[:, None]
+        values = logits.gather(1, classes)[:, 0]
+        if measurement != "logit":
+            others = logits.scatter(1, classes, -math.inf)
+            values = values - (others.amax(1) if measurement == "margin" else others.logsumexp(1))
+        values = torch.where(counts, values, 0)
+        return values.flatten(1).sum(1) if values.ndim > 1 else values
+
     def _refuse_ignored_class(self, fisher: str, logits: Tensor) -> None:
         """Refuse labels of the model's own where one of them would not count as a target."""
         if 0 <= self.ignore_index < logits.shape[1]:
@@ -193,6 +205,12 @@ class BinaryCrossEntropy(_Elementwise):
         """Return 1 where an output's probability exceeds one half."""
         logits, _ = self._aligned(outputs, targets)
         return (logits > 0).to(logits.dtype).view(outputs.shape)
+
+    def measure(self, measurement: str, outputs: Any, targets: Any) -> Tensor:
+        """Return the logits towards the targets: all three measurements of two classes are it."""
+        logits, targets = self._aligned(outputs, targets)
+        towards: Tensor = (2 * targets - 1) * logits
+        return towards.flatten(1).sum(1)
 
     def exact(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return the logits, weighted p (1 - p)."""

@@ -106,6 +106,16 @@ class ModuleLoss(Loss):
         """Return the rows and weights of the likelihood that the module is."""
         return self._likelihood("'exact'", outputs, targets).exact(outputs, targets)
 
+    def measure(self, measurement: str, outputs: Any, targets: Any) -> Tensor:
+        """Return what the logits say for the targets, whatever the module weighs them by."""
+        make = _LIKELIHOODS.get(type(self._module))
+        if make is None:
+            return super().measure(measurement, outputs, targets)
+        self._arguments(outputs, targets)  # refuses what the module does not take
+        likelihood = make(self._module)
+        likelihood.name = self.name
+        return likelihood.measure(measurement, outputs, targets)
+
     def _arguments(self, outputs: Any, targets: Any) -> tuple[Tensor, ...]:
         """Return what the module is called with, tensors of equally many examples."""
         if self._is_gaussian:

@@ -1,0 +1,123 @@
+"""Scores of other libraries for `benchmarks.retraining`, each used as its documentation says.
+
+All return (queries, training digits), positive where training on the digit lowers the query's loss
+or raises its log-odds; where a library's sign is the opposite, it is turned.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import tempfile
+import warnings
+from functools import partial
+
+import torch
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def log_odds(logits, labels):
+    """Return the log-odds of the labels, one per line of logits."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return own - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+
+
+def dattri(problem, measurement, kind, damping):
+    from dattri.algorithm.influence_function import IFAttributorDataInf, IFAttributorEKFAC
+    from dattri.algorithm.trak import TRAKAttributor
+    from dattri.task import AttributionTask
+
+    model = copy.deepcopy(problem.model)
+
+    def logits_of(parameters, x):
+        return functional_call(model, parameters, x)
+
+    def loss(parameters, batch):
+        x, y = batch
+        return cross_entropy(logits_of(parameters, x.reshape(-1, x.shape[-1])), y.flatten())
+
+    def of_queries(parameters, batch):
+        x, y = batch
+        logits = logits_of(parameters, x.reshape(-1, x.shape[-1]))
+        return -log_odds(logits, y.flatten()).mean()
+
+    def probability(parameters, batch):
+        return torch.exp(-loss(parameters, batch))
+
+    # IFAttributorEKFAC takes its Fisher of the target function, too; there is no other way to ask.
+    targets = {"loss": loss, "log_odds": of_queries}
+    if kind == "TRAK":
+        targets = dict.fromkeys(targets, of_queries)
+    task = AttributionTask(loss, model, [model.state_dict()], target_func=targets[measurement])
+    size = len(problem.train[0])
+    train = DataLoader(TensorDataset(*problem.train), batch_size=size)
+    queries = DataLoader(TensorDataset(*problem.queries), batch_size=size)
+    if kind == "TRAK":
+        directions = min(512, sum(p.numel() for p in model.parameters()))
+        attributor = TRAKAttributor(
+            task, probability, {"proj_dim": directions, "device": "cpu"}, regularization=damping
+        )
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            attributor.cache(train)
+            scores = attributor.attribute(queries)
+    else:
+        attributor = {
+            "EKFAC": partial(IFAttributorEKFAC, damping=damping),
+            "DataInf": partial(IFAttributorDataInf, regularization=damping),
+        }[kind](task)
+        with contextlib.redirect_stderr(io.StringIO()):
+            attributor.cache(train)
+            scores = attributor.attribute(train, queries)
+    return scores.detach().T.double().numpy()
+
+
+def kronfluence(problem, measurement, damping, *, empirical=False):
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about GradScaler
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+
+    class Classification(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            logits, labels = model(batch[0]), batch[1]
+            if sample:
+                with torch.no_grad():
+                    labels = torch.multinomial(logits.softmax(1), 1)[:, 0]
+            return cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch, model):
+            if measurement == "loss":
+                return self.compute_train_loss(batch, model)
+            return -log_odds(model(batch[0]), batch[1]).sum()
+
+    torch.manual_seed(0)
+    model = prepare_model(copy.deepcopy(problem.model), Classification())
+    train, queries = TensorDataset(*problem.train), TensorDataset(*problem.queries)
+    with tempfile.TemporaryDirectory() as folder:
+        analyzer = Analyzer(
+            "retraining",
+            model,
+            Classification(),
+            cpu=True,
+            disable_tqdm=True,
+            log_level=logging.ERROR,
+            output_dir=folder,
+        )
+        analyzer.fit_all_factors(
+            "ekfac",
+            train,
+            per_device_batch_size=len(train),
+            factor_args=FactorArguments(strategy="ekfac", use_empirical_fisher=empirical),
+        )
+        analyzer.compute_pairwise_scores(
+            "scores",
+            "ekfac",
+            queries,
+            train,
+            per_device_query_batch_size=len(queries),
+            per_device_train_batch_size=len(train),
+            score_args=ScoreArguments(damping_factor=damping),
+        )
+        return analyzer.load_pairwise_scores("scores")["all_modules"].double().numpy()
