@@ -132,7 +132,7 @@ def dattri_contender(problem):
 
     def loss(params, data):
         x, y = data
-        return cross_entropy(functional_call(problem.model, params, (x[None],)), y[None])
+        return cross_entropy(functional_call(problem.model, params, (x,)), y)
 
     task = AttributionTask(loss, problem.model, problem.model.state_dict())
 
