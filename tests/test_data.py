@@ -1,6 +1,7 @@
 """`ModelData`: a model with data that scikit-learn can slice."""
 
 from collections import UserDict
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from fimkit import IFVPUsageError, ModelData
+from fimkit import EKFAC, IFVPUsageError, ModelData
 
 N = 10
 X = torch.arange(3.0 * N).view(N, 3)
@@ -279,3 +280,46 @@ def test_loaders_that_draw_a_part():
         with pytest.raises(IFVPUsageError, match=r"draws by a .*RandomSampler.*indices="):
             ModelData(model, DataLoader(dataset, sampler=sampler))
     assert len(ModelData(model, DataLoader(dataset, shuffle=True))) == 6
+
+
+class SliceDataset(Sequence):
+    """Slices a dataset as the class of that name in skorch does."""
+
+    def __init__(self, dataset, idx=0, indices=None):
+        self.dataset = dataset
+        self.idx = idx
+        self.indices_ = np.arange(len(dataset)) if indices is None else indices
+
+    def __len__(self):
+        return len(self.indices_)
+
+    @property
+    def shape(self):
+        return (len(self),)
+
+    def __getitem__(self, key):
+        if not isinstance(key, int | np.integer):
+            return type(self)(self.dataset, self.idx, self.indices_[key])
+        example = self.dataset[self.indices_[key]]
+        return example if self.idx is None else example[self.idx]
+
+
+def check_slice_dataset(cls):
+    model = nn.Linear(3, 3)
+    data = ModelData(model, cls(Pairs(), idx=None)[3:9], batch_size=4)
+    assert inputs(data) == [3, 4, 5, 6, 7, 8]
+    assert data.targets.tolist() == Y[3:9].tolist()
+    assert inputs(data[[5, 0]]) == [8, 3]
+    loader = DataLoader(TensorDataset(X[3:9], Y[3:9]), batch_size=4)
+    expected = EKFAC(1e-2).fit(model, loader).transform(np.eye(12))
+    assert np.array_equal(EKFAC(1e-2).fit(data).transform(np.eye(12)), expected)
+    with pytest.raises(IFVPUsageError, match=r"a batch must be a tuple or list \(\*inputs"):
+        EKFAC().fit(ModelData(model, cls(Pairs())))
+
+
+def test_sliced_datasets():
+    check_slice_dataset(SliceDataset)
+
+
+def test_sliced_datasets_of_skorch():
+    check_slice_dataset(pytest.importorskip("skorch.helper").SliceDataset)

@@ -4,9 +4,11 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from fimkit import Explicit
 from tests.dense import distance, solve
 
 README = Path(__file__).parent.parent / "README.md"
@@ -64,3 +66,16 @@ def test_influence_example():
     assert distance(values, best_first.values[:, :5]) < 1e-12
     own = (train * solve(train.T @ train / 200, train, 1e-3)).sum(1)
     assert distance(suspicious, own) < 1e-4
+
+
+@pytest.mark.skipif(not README.exists(), reason="README.md is not here")
+def test_sklearn_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(block("example"), block("sklearn-example"), block("save-example"))
+    data, chosen = names["data"], names["chosen"]
+    assert names["features"].shape == (200, 8)
+    assert len(names["search"].cv_results_["params"]) == 6
+    assert np.isfinite(names["search"].cv_results_["mean_test_score"]).all()
+    expected = Explicit(chosen.regularization_).fit(data).transform(data)
+    assert np.array_equal(chosen.transform(data), expected)
+    assert np.array_equal(names["loaded"].transform(data), expected)

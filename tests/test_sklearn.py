@@ -12,20 +12,38 @@ import pytest
 import torch
 from sklearn import config_context
 from sklearn.base import clone, is_classifier
+from sklearn.decomposition import PCA
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import (
     GridSearchCV,
+    GroupKFold,
+    HalvingGridSearchCV,
     KFold,
+    RandomizedSearchCV,
+    StratifiedKFold,
     cross_val_score,
+    cross_validate,
     learning_curve,
     train_test_split,
+    validation_curve,
 )
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
-from sklearn.utils import resample
+from sklearn.utils import estimator_checks, resample
 from torch import nn
 
-from fimkit import EKFAC, KFAC, DataInf, Diagonal, Explicit, ModelData, influence
+from fimkit import (
+    EKFAC,
+    KFAC,
+    DataInf,
+    Diagonal,
+    Explicit,
+    IFVPUsageError,
+    ModelData,
+    RegularizationCV,
+    influence,
+)
 from tests import reference
 from tests.cases import BY_NAME, mlp
 
@@ -322,7 +340,9 @@ def test_what_goes_in_is_no_metadata(estimator):
     assert str(estimator.get_metadata_routing()) == "{}"
     found = [cross_val_score(estimator, data, data.targets, cv=3, error_score="raise")]
     with config_context(enable_metadata_routing=True):
-        found.append(cross_val_score(estimator, data, data.targets, cv=3, error_score="raise"))
+        # Without params, scikit-learn 1.6 fails for any estimator.
+        routed = {"cv": 3, "error_score": "raise", "params": {}}
+        found.append(cross_val_score(estimator, data, data.targets, **routed))
         make_pipeline(estimator, Normalizer()).fit(data, data.targets).transform(data)
     assert np.array_equal(*found)
 
@@ -361,3 +381,160 @@ def test_progress_is_shown_on_demand(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "batch" in err
+
+
+def by_hand(estimator, data, folds):
+    """Return the mean score of held-out folds, by a plain loop."""
+    scores = []
+    for train, test in folds:
+        fitted = clone(estimator).fit(ModelData(data.model, data.dataset, indices=train))
+        scores.append(fitted.score(ModelData(data.model, data.dataset, indices=test)))
+    return np.mean(scores)
+
+
+def test_one_search_over_method_and_regularization():
+    """With the automatic regularization, and one per block, among the candidates."""
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    methods = [Explicit(blocks="layer"), DataInf(), EKFAC()]
+    per_layer = {"0": 1e-2, "2": 1e-1, "4": 1.0}
+    regularizations = ["auto", 1e-2, np.float64(1.0), per_layer]
+    folds = KFold(3, shuffle=True, random_state=0)
+    search = GridSearchCV(
+        Pipeline([("fim", EKFAC())]),
+        {"fim": methods, "fim__regularization": regularizations},
+        cv=folds,
+        error_score="raise",
+    ).fit(data)
+    expected = [
+        by_hand(clone(method).set_params(regularization=value), data, folds.split(data))
+        for method in methods
+        for value in regularizations
+    ]
+    assert search.cv_results_["mean_test_score"] == pytest.approx(expected, rel=1e-6)
+    best = search.cv_results_["params"][int(np.argmax(expected))]
+    assert search.best_estimator_["fim"].regularization == best["fim__regularization"]
+    assert type(search.best_estimator_["fim"]) is type(best["fim"])
+    assert search.score(data) == search.best_estimator_["fim"].score(data)
+
+
+GROUPS = np.arange(len(CASE.batch()[1])) // 3
+REGULARIZATIONS = {"regularization": [1e-2, 1.0]}
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        GridSearchCV(EKFAC(), REGULARIZATIONS, cv=StratifiedKFold(2)),
+        GridSearchCV(EKFAC(), REGULARIZATIONS, cv=GroupKFold(2)),
+        RandomizedSearchCV(EKFAC(), REGULARIZATIONS, n_iter=2, cv=2, random_state=0),
+        HalvingGridSearchCV(
+            EKFAC(), REGULARIZATIONS, cv=2, min_resources=4, random_state=0, refit=True
+        ),
+    ],
+    ids=lambda search: f"{type(search).__name__} {search.cv}",
+)
+def test_searches(search):
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    groups = GROUPS if isinstance(search.cv, GroupKFold) else None
+    labels = np.arange(len(data)) % 2
+    search = clone(search).set_params(error_score="raise").fit(data, labels, groups=groups)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.best_estimator_.n_samples_seen_ == len(data)
+    assert search.transform(data).shape == data.shape
+
+
+def test_scoring_is_pluggable():
+    def parallel(estimator, data, y=None):
+        """How much more alike the IFVPs of held-out examples are to their gradients."""
+        return float(estimator.mahalanobis(data).mean())
+
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    search = GridSearchCV(EKFAC(), REGULARIZATIONS, scoring=parallel, cv=2, error_score="raise")
+    found = search.fit(data).cv_results_["mean_test_score"]
+    assert found[0] > found[1] > 0
+
+
+def test_validation_curves_and_unions():
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    grid = REGULARIZATIONS["regularization"]
+    name = "regularization"
+    curve = validation_curve(
+        EKFAC(), data, None, param_name=name, param_range=grid, cv=2, error_score="raise"
+    )
+    results = cross_validate(EKFAC(grid[1]), data, cv=2, return_estimator=True)
+    assert np.array_equal(curve[1][1], results["test_score"])
+    assert [len(results["estimator"]), *map(type, results["estimator"])] == [2, EKFAC, EKFAC]
+    union = FeatureUnion([("one", EKFAC(grid[0])), ("two", Diagonal(grid[1]))])
+    found = union.fit_transform(data)
+    expected = [EKFAC(grid[0]).fit_transform(data), Diagonal(grid[1]).fit_transform(data)]
+    assert np.array_equal(found, np.hstack(expected))
+    assert make_pipeline(EKFAC(), Normalizer(), PCA(2)).fit_transform(data).shape == (len(data), 2)
+
+
+CHECKS = [
+    "check_estimator_cloneable",
+    "check_estimator_repr",
+    "check_no_attributes_set_in_init",
+    "check_parameters_default_constructible",
+    "check_get_params_invariance",
+    "check_set_params",
+    "check_do_not_raise_errors_in_init_or_set_params",
+    "check_estimator_tags_renamed",
+    "check_valid_tag_types",
+    "check_mixin_order",
+    "check_estimators_unfitted",
+    "check_transformers_unfitted",
+    "check_param_validation",
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "estimator",
+    [Explicit(), DataInf(), EKFAC(), KFAC(), Diagonal(), RegularizationCV(EKFAC())],
+    ids=repr,
+)
+def test_checks_of_scikit_learn(estimator, check):
+    """Those that feed no arrays; `test_manners_on_data` has the twins of the others."""
+    getattr(estimator_checks, check)(type(estimator).__name__, clone(estimator))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_manners_on_data(estimator):
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    fitted = clone(estimator)
+    parameters = fitted.get_params()
+    assert not hasattr(fitted, "n_features_in_")
+    assert fitted.fit(data) is fitted
+    assert fitted.n_features_in_ == data.shape[1]
+    first = answers(fitted, data.model)
+    assert_equal(answers(fitted.fit(data), data.model), first)
+    assert_equal(answers(fitted.fit(data[:4]).fit(data), data.model), first)
+    assert np.array_equal(clone(estimator).fit_transform(data), fitted.transform(data))
+    assert np.array_equal(fitted.score(data, data.targets), fitted.score(data))
+    assert fitted.get_params() == parameters
+    public = {name for name in vars(fitted) if not name.startswith("_")}
+    assert {name for name in public if not name.endswith("_")} == set(parameters)
+    assert not hasattr(fitted, "set_output")
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, RegularizationCV(EKFAC(), [1e-2])], ids=repr)
+def test_html(estimator):
+    """It shows what was fitted, whatever the regularization was set to since, and computes none."""
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    fitted = clone(estimator).fit(data)
+    name = type(fitted).__name__
+    assert name in clone(estimator)._repr_html_()
+    assert name in fitted._repr_html_()
+    if isinstance(estimator, RegularizationCV):
+        return
+    computed = ("matmul", "solve", "to_dense", "spectrum", "logdet", "diagonal")
+    with pytest.MonkeyPatch.context() as patch:
+        for method in computed:
+            patch.setattr(type(fitted.fisher_), method, None)
+        assert name in fitted._repr_html_()
+    for regularization in (-1, "none", object()):
+        fitted.set_params(regularization=regularization)
+        assert name in fitted._repr_html_()
+        with pytest.raises(IFVPUsageError):
+            _ = fitted.regularization_

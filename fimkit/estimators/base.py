@@ -188,6 +188,7 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         -------
         ifvp : ndarray of shape (n, p)
         """
+        self._validate_params()
         check_model_data(data, "data")
         return self.fit(data, y).transform(data)
 
@@ -328,7 +329,10 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         Follows ``regularization``, which may be set after the fit.
         """
         check_is_fitted(self)
-        damping = self._damping()
+        try:
+            damping = self._damping()
+        except IFVPUsageError as error:
+            raise _NoRegularizationError(str(error)) from error
         if isinstance(damping, float):
             return damping
         return dict(zip(self._blocks, damping, strict=True))
@@ -464,6 +468,10 @@ def _refuse_overflow(fitted: Mapping[str, Any]) -> None:
                 f"the Fisher of block {block!r} is not finite: its squared gradients overflow; "
                 "fit with dtype=torch.float64, or scale the loss."
             )
+
+
+class _NoRegularizationError(IFVPUsageError, AttributeError):
+    """What lists attributes, as the HTML representation does, passes over an AttributeError."""
 
 
 def _mean(scores: npt.NDArray[np.float64]) -> Any:
