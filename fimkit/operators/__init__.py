@@ -4,12 +4,13 @@ from fimkit.operators.base import Operator
 from fimkit.operators.block_diagonal import BlockDiagonalOperator
 from fimkit.operators.datainf import DataInfOperator
 from fimkit.operators.dense import DenseOperator
+from fimkit.operators.factored import FactoredRows
 from fimkit.operators.gram import GramOperator
 from fimkit.operators.kronecker import EigenKroneckerOperator
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.lookup import LookupRows
 from fimkit.operators.row_matrix import Columns, RowMatrix, join_weights
-from fimkit.operators.rows import DenseRows, FactoredRows, Rows, ZeroRows, join_rows
+from fimkit.operators.rows import DenseRows, Rows, ZeroRows, join_rows
 
 __all__ = [
     "BlockDiagonalOperator",

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import check_eigenvalues
+from fimkit.operators.factored import FactoredRows
 from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.memory import accumulation_dtype, chunks
 from fimkit.operators.row_matrix import Columns, RowMatrix
-from fimkit.operators.rows import FactoredRows
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
 __all__ = ["EigenKroneckerOperator"]
