@@ -1,7 +1,7 @@
 """Scores of other libraries for `benchmarks.retraining`, each used as its documentation says.
 
 All return (queries, training digits), positive where training on the digit lowers the query's loss
-or raises its log-odds; where a library's sign is the opposite, it is turned.
+or raises its margin; where a library's sign is the opposite, it is turned.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def log_odds(logits, labels):
-    """Return the log-odds of the labels, one per line of logits."""
+def margin(logits, labels):
+    """Return the labels' logits less the highest other, one per line of logits."""
     own = logits.gather(1, labels[:, None])[:, 0]
-    return own - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
 def dattri(problem, measurement, kind, damping):
@@ -41,15 +41,13 @@ def dattri(problem, measurement, kind, damping):
     def of_queries(parameters, batch):
         x, y = batch
         logits = logits_of(parameters, x.reshape(-1, x.shape[-1]))
-        return -log_odds(logits, y.flatten()).mean()
+        return -margin(logits, y.flatten()).mean()
 
     def probability(parameters, batch):
         return torch.exp(-loss(parameters, batch))
 
     # IFAttributorEKFAC takes its Fisher of the target function, too; there is no other way to ask.
-    targets = {"loss": loss, "log_odds": of_queries}
-    if kind == "TRAK":
-        targets = dict.fromkeys(targets, of_queries)
+    targets = {"loss": loss, "margin": of_queries}
     task = AttributionTask(loss, model, [model.state_dict()], target_func=targets[measurement])
     size = len(problem.train[0])
     train = DataLoader(TensorDataset(*problem.train), batch_size=size)
@@ -90,7 +88,7 @@ def kronfluence(problem, measurement, damping, *, empirical=False):
         def compute_measurement(self, batch, model):
             if measurement == "loss":
                 return self.compute_train_loss(batch, model)
-            return -log_odds(model(batch[0]), batch[1]).sum()
+            return -margin(model(batch[0]), batch[1]).sum()
 
     torch.manual_seed(0)
     model = prepare_model(copy.deepcopy(problem.model), Classification())

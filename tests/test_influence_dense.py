@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fimkit import EKFAC, DataInf, Explicit, IFVPUsageError, ModelData, influence
+from fimkit import (
+    EKFAC,
+    DataInf,
+    Explicit,
+    IFVPUsageError,
+    ModelData,
+    RegularizationCV,
+    influence,
+)
 from tests import kronecker_reference as kronecker
 from tests import reference
 from tests.cases import Apply, Attention, Case, images, points, regression, tagged, tokens
@@ -306,6 +314,19 @@ def test_the_training_set_is_passed_once():
         assert train.read == list(range(N))
         assert queries.read == list(range(QUERIES))
         train.read, queries.read = [], []
+
+
+def test_a_regularization_that_was_searched_for():
+    """The search stands for its estimator at the λ it chose."""
+    case = CASES["mlp"]
+    train, queries = data_of("mlp", case.model())
+    search = RegularizationCV(EKFAC(), [1e-2], cv=2).fit(train)
+    fitted = EKFAC(search.regularization_).fit(train)
+    for options in ({}, {"measurement": "margin", "normalization": "relatif"}):
+        found = influence.layer_scores(search, train, queries, **options)
+        expected = influence.layer_scores(fitted, train, queries, **options)
+        for layer, scores in expected.items():
+            assert reference.error(found[layer], scores) <= 1e-12
 
 
 def test_an_example_without_gradient_scores_zero():
