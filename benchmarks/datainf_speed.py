@@ -3,7 +3,7 @@
 An MLP 784-256-10 (203,530 parameters), briefly trained on synthetic data, n examples and the
 gradients v of k others as vectors, float32, on CPU. Every contender multiplies by the mean over
 examples of the damped inverse, layer by layer (weight and bias jointly), with one lambda for all
-layers, 0.1 * trace(F) / p:
+layers (dattri takes one), 0.1 * trace(F) / p of some examples:
 
 fimkit   ``DataInf(regularization=lambda).fit(model, loader).transform(V)``. Gradients are kept as
          float32 factors; arithmetic is float64.
@@ -28,7 +28,8 @@ process, whole and above what it is with model, data, vectors and libraries in m
 Growth: seconds of fimkit's ``transform`` (medians of ``--repeats``) over n and k, with exponents b
 and c of the fit t = a * n^b * k^c over the whole table, and a picture of it in ``--output``.
 
-Run from the repository root, with nothing else running::
+Run from the repository root, with the extras ``benchmarks`` and ``plots`` installed and nothing
+else running; the slow contenders take most of the time (``--only``, ``--parts`` leave some out)::
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.datainf_speed --repeats 5
 
@@ -232,7 +233,7 @@ def references(problem):
 
 
 def compare(problem, names, args):
-    """Time the contenders by turns and print their table; return median seconds of transform."""
+    """Time the contenders by turns and print their table."""
     contenders = {name: CONTENDERS[name](problem) for name in names}
     seconds = {name: [] for name in names}  # of each run: fit, transform
     results = {}
@@ -259,7 +260,6 @@ def compare(problem, names, args):
     table(
         [*rows, ("floor", "", "", "", "", summary([relative_errors(floor, reference)]))], spreads=2
     )
-    return {name: transforming for name, (_, transforming) in medians.items()}
 
 
 def compare_memory(names, args):
