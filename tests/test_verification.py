@@ -368,7 +368,7 @@ def test_places_that_change_from_batch_to_batch(forward, solver):
         assert distance(Explicit(solver=solver).fit(model, order), rows) <= 1e-12
 
 
-def test_memory_that_the_model_works_in(monkeypatch):
+def test_memory_that_the_model_works_in():
     """Inputs that the next batch overwrites are copied."""
 
     class Working(nn.Module):

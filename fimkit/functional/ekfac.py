@@ -26,7 +26,7 @@ from fimkit.functional.cache import MLPCache
 from fimkit.functional.checks import check_callable, check_finite, check_floating
 from fimkit.functional.independence import layer_name
 from fimkit.functional.recording import Batches, RecordedBatch, Recorder
-from fimkit.gradients import AmbientAutocast
+from fimkit.gradients import AmbientAutocast, differentiating
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
 from fimkit.replay import RandomStates, same_losses
 from fimkit.statistics.kronecker import LinearStatistics, set_eigenbases
@@ -143,7 +143,7 @@ def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
         )
     autocast = AmbientAutocast()
     # Under the caller's no_grad or inference_mode there would be no gradients.
-    with torch.inference_mode(False), torch.enable_grad(), autocast.disabled():
+    with differentiating():
         operators = _fit(Recorder(func, caches, autocast), batches)
     return partial(_solve, operators, number, isinstance(mlp_cache, MLPCache))
 

@@ -3,7 +3,8 @@
 Calls on parameters are captured during one forward pass; one backward pass per scalar stops at
 their outputs, so weight gradients are never formed. What no rule covers comes from torch.func.
 Nothing captured is trusted: before a new pattern of calls is used, random sums of the rows are
-compared with autograd's own gradient of the same sums of losses, parameter by parameter.
+compared with autograd's own gradient of the same sums of losses, parameter by parameter; and in
+every batch the gradients at the calls show whether the examples are where they were found before.
 """
 
 from __future__ import annotations
@@ -136,10 +137,11 @@ class GradientEngine:
         for use in run.uses:  # before the model runs again
             use.own_input(shared)
         signals = self._signals(run)
-        layouts = self._layouts.get(run.key)
+        key = run.key
+        layouts = self._layouts.get(key)
         # What decides where examples are may be in the data, so every batch is looked at.
         if layouts is None or not self._hold(layouts, run, signals):
-            layouts = self._layouts[run.key] = self._verify(run, signals)
+            layouts = self._layouts[key] = self._verify(run, signals)
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))

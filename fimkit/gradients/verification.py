@@ -57,16 +57,12 @@ def still_fit(
             continue
         tolerance = max(_tolerance(d) for d in {observed.dtype, precision or observed.dtype})
         direction = _direction(observed, len(use.lead))
-
-        def along(tensor: Tensor, use: Use = use, direction: Tensor = direction) -> Tensor:
-            return tensor.reshape(*use.lead, -1) @ direction
-
-        one = layout.split(along(observed), use.lead, n)
-        weights = coefficients.to(signals)
-        other = sum(
-            layout.split(along(signal), use.lead, n) * weights[:, j, None]
-            for j, signal in enumerate(signals)
+        one, *each = (
+            layout.split(tensor.reshape(*use.lead, -1) @ direction, use.lead, n)
+            for tensor in (observed, *signals)
         )
+        weights = coefficients.to(signals)
+        other = sum(signal * weights[:, j, None] for j, signal in enumerate(each))
         fitting.append(((one - other).norm() <= tolerance * one.norm()).to(scalars.device))
     return not fitting or bool(torch.stack(fitting).all())
 

@@ -34,7 +34,7 @@ from fimkit.operators import memory
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import singular
 from fimkit.operators.eigh import eigh
-from fimkit.operators.row_matrix import RowMatrix
+from fimkit.operators.row_matrix import RowMatrix, squared_norms
 from fimkit.operators.spectrum import Spectrum
 
 __all__ = ["DataInfOperator"]
@@ -130,16 +130,17 @@ class DataInfOperator(Operator):
         """Return ``vᵀ M v`` for L dampings and k vectors or rows, projected once, ``(L, k)``."""
         if isinstance(vectors, RowMatrix):
             products = self.rows.products(vectors, self._norms.dtype, self.device).T
-            norms = vectors.squared_norms(self._norms.dtype)
-            return self._quadratics(self._along(products), norms, dampings)
+            return self._quadratics(vectors, self._along(products), dampings)
         parts = [
-            self._quadratics(self._project(part), self._squared_norms(part), dampings)
+            self._quadratics(part, self._project(part), dampings)
             for part in map(vectors.__getitem__, self._vector_chunks(vectors.shape[0]))
         ]
         return torch.cat(parts, 1) if parts else self._norms.new_empty((len(dampings), 0))
 
-    def _quadratics(self, products: Tensor, norms: Tensor, dampings: Sequence[float]) -> Tensor:
-        squares = products.square()
+    def _quadratics(
+        self, vectors: Tensor | RowMatrix, products: Tensor, dampings: Sequence[float]
+    ) -> Tensor:
+        norms, squares = squared_norms(vectors, products.dtype), products.square()
         return torch.stack([(norms - squares @ self._shrinkage(d)) / d for d in dampings])
 
     def diagonal(self, damping: float = 0.0) -> Tensor:
@@ -199,13 +200,6 @@ class DataInfOperator(Operator):
         # Every chunk of vectors reads all rows, so chunks are larger than those of other loops.
         each = len(self._norms) * self._norms.element_size()
         return list(memory.chunks(k, each, budget=8 * memory.BUDGET))
-
-    def _squared_norms(self, vectors: Tensor) -> Tensor:
-        """Return ``‖v‖²`` of each of ``(k, p)`` vectors."""
-        out = self._norms.new_empty(vectors.shape[0])
-        for some in memory.chunks(vectors.shape[0], self.size * out.element_size()):
-            out[some] = vectors[some].to(out.dtype).square().sum(1)
-        return out
 
     # -- the inverse ---------------------------------------------------------------------------
 

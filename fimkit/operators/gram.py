@@ -23,7 +23,7 @@ from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
 from fimkit.operators.eigh import eigh
 from fimkit.operators.memory import accumulation_dtype, chunks
-from fimkit.operators.row_matrix import RowMatrix
+from fimkit.operators.row_matrix import RowMatrix, squared_norms
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
 __all__ = ["GramOperator"]
@@ -79,16 +79,7 @@ class GramOperator(Operator):
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
         self._check(damping)
         white = self._cholesky.whiten(self._project(vectors).T, damping)
-        return (self.squared_norms(vectors) - white.square().sum(0)) / damping
-
-    def squared_norms(self, vectors: Tensor | RowMatrix) -> Tensor:
-        """Return ``‖v‖²`` of each vector, or each row, in the Gram matrix's dtype."""
-        wide = self.gram.dtype
-        if isinstance(vectors, RowMatrix):
-            return vectors.squared_norms(wide)
-        parts = chunks(vectors.shape[0], vectors.shape[1] * wide.itemsize)
-        norms = [vectors[some].to(wide).square().sum(1) for some in parts]
-        return torch.cat(norms) if norms else self.gram.new_empty(0)
+        return (squared_norms(vectors, self.gram.dtype) - white.square().sum(0)) / damping
 
     def diagonal(self, damping: float = 0.0) -> Tensor:
         """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
@@ -112,7 +103,7 @@ class GramOperator(Operator):
 
         def coordinates(vectors: Tensor | RowMatrix) -> Iterator[tuple[Tensor, Tensor]]:
             squares = (self._project(vectors) @ basis).square() / eigenvalues
-            yield squares, (self.squared_norms(vectors) - squares.sum(1)).clamp_(min=0)
+            yield squares, (squared_norms(vectors, self.gram.dtype) - squares.sum(1)).clamp_(min=0)
 
         return EigenSpectrum(eigenvalues, self.size - len(eigenvalues), coordinates)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from fimkit.operators.memory import chunks
 from fimkit.operators.rows import Rows, join_rows
 
-__all__ = ["Columns", "RowMatrix", "join_weights"]
+__all__ = ["Columns", "RowMatrix", "join_weights", "squared_norms"]
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,16 @@ class RowMatrix:
             for i, (columns, _) in enumerate(parts[0].groups)
         ]
         return cls(groups, parts[0].size, weights)
+
+
+def squared_norms(vectors: Tensor | RowMatrix, dtype: torch.dtype) -> Tensor:
+    """Return ``‖v‖²`` of each of ``(k, p)`` vectors, or each row, in ``dtype``, shape ``(k,)``."""
+    if isinstance(vectors, RowMatrix):
+        return vectors.squared_norms(dtype)
+    out = vectors.new_empty(vectors.shape[0], dtype=dtype)
+    for some in chunks(vectors.shape[0], vectors.shape[1] * dtype.itemsize):
+        out[some] = vectors[some].to(dtype).square().sum(1)
+    return out
 
 
 def join_weights(parts: Sequence[Tensor | None]) -> Tensor | None:
