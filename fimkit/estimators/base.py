@@ -1,11 +1,11 @@
-"""What all methods share: parameters, the fit's frame, vectors in and out, scores."""
+"""What all methods share: parameters, the fit's frame, vectors in and out."""
 
 from __future__ import annotations
 
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
@@ -26,10 +26,10 @@ from fimkit.estimators.description import describe
 from fimkit.estimators.regularization import (
     block_regularizations,
     given_regularizations,
-    regularization_path,
     resolve_regularization,
 )
 from fimkit.estimators.run import Run
+from fimkit.estimators.scores import ScoresMixin
 from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
@@ -49,7 +49,7 @@ __all__ = ["FisherEstimator", "components", "compose"]
 _DENSE_LIMIT = 4 * 2**30
 
 
-class FisherEstimator(TransformerMixin, BaseEstimator):
+class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
     # What goes in is no metadata, although it is not called X.
@@ -208,85 +208,6 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
         damping = self._damping()
         return self._map(vectors, lambda flat: self.fisher_.matmul(flat, damping))
 
-    def score(self, vectors: Any, y: Any = None) -> float:
-        """Return the mean Gaussian log-likelihood of held-out gradients; higher is better.
-
-        Parameters
-        ----------
-        vectors : as for `transform`
-            Gradients that were not fitted; of a `ModelData`, those of the fitted kind. In-sample
-            the score always favours λ → 0.
-        y : ignored
-
-        Returns
-        -------
-        score : float
-            As `sklearn.covariance.EmpiricalCovariance.score` under covariance ``F + λ I``: it
-            selects a good inverse, not provably the best influence.
-        """
-        return float(_mean(self.score_samples(vectors)))
-
-    def score_samples(self, vectors: Any) -> npt.NDArray[np.float64]:
-        """Return the Gaussian log-likelihood of each gradient under covariance ``F + λ I``.
-
-        Parameters
-        ----------
-        vectors : as for `score`
-
-        Returns
-        -------
-        scores : ndarray of shape (k,)
-            ``-(gᵀ (F + λ I)⁻¹ g + log det(F + λ I) + p log 2π) / 2``. An example with several
-            weighted rows has the weighted sum of their quadratic forms.
-        """
-        check_is_fitted(self)
-        damping = self._damping()
-        quadratics = self._reduce(
-            vectors, lambda flat: self.fisher_.inverse_quadratic(flat, damping)[None]
-        )
-        return self._log_likelihood(quadratics[0], self.fisher_.logdet(damping))
-
-    def score_path(self, vectors: Any, regularizations: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Return `score` at many λ, from one eigendecomposition.
-
-        Parameters
-        ----------
-        vectors : as for `score`
-        regularizations : sequence of float
-            Each is taken for all blocks.
-
-        Returns
-        -------
-        scores : ndarray of shape (len(regularizations),)
-        """
-        check_is_fitted(self)
-        dampings = regularization_path(regularizations)
-        spectrum = self.fisher_.spectrum()
-        quadratics = self._reduce(vectors, lambda flat: spectrum.quadratics(flat, dampings))
-        logdets = np.asarray(spectrum.logdets(dampings))
-        scores: npt.NDArray[np.float64] = _mean(self._log_likelihood(quadratics, logdets[:, None]))
-        return scores
-
-    def mahalanobis(self, vectors: Any) -> npt.NDArray[np.float64]:
-        """Squared Mahalanobis norms ``vᵀ (F + λ I)⁻¹ v``.
-
-        Parameters
-        ----------
-        vectors : as for `transform`
-            Of a `ModelData`, the gradients of its examples at their targets.
-
-        Returns
-        -------
-        norms : ndarray of shape (k,)
-            In float64, as `sklearn.covariance.EmpiricalCovariance.mahalanobis`.
-        """
-        check_is_fitted(self)
-        damping = self._damping()
-        norms: npt.NDArray[np.float64] = self._reduce(
-            vectors, lambda flat: self.fisher_.inverse_quadratic(flat, damping)[None], "empirical"
-        )[0]
-        return norms
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted estimator into a file, from which `fimkit.load` takes it.
 
@@ -405,12 +326,6 @@ class FisherEstimator(TransformerMixin, BaseEstimator):
             parts.append(_numpy64(weighted.view(len(values), rows.n, rows.c).sum(2)))
         return np.concatenate(parts, 1)
 
-    def _log_likelihood(self, quadratics: Any, logdet: Any) -> npt.NDArray[np.float64]:
-        """Return ``-(q + log det + p log 2π) / 2``."""
-        constant = self.n_features_in_ * math.log(2 * math.pi)
-        out: npt.NDArray[np.float64] = -(quadratics + logdet + constant) / 2
-        return out
-
     def gradients(
         self,
         data: ModelData,
@@ -472,13 +387,6 @@ def _refuse_overflow(fitted: Mapping[str, Any]) -> None:
 
 class _NoRegularizationError(IFVPUsageError, AttributeError):
     """What lists attributes, as the HTML representation does, passes over an AttributeError."""
-
-
-def _mean(scores: npt.NDArray[np.float64]) -> Any:
-    """Return the mean over the last dimension, the vectors'."""
-    if not scores.shape[-1]:
-        raise IFVPUsageError("a score is a mean over vectors, and there are none; give at least 1.")
-    return scores.mean(-1)
 
 
 def _numpy64(values: Tensor) -> npt.NDArray[np.float64]:
