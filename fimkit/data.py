@@ -28,6 +28,7 @@ __all__ = [
     "check_model_data",
     "described",
     "indexed_batches",
+    "sampler_of",
 ]
 
 
@@ -194,7 +195,7 @@ class ModelData:
 
 def _refuse_samplers(loader: DataLoader[Any]) -> None:
     """Refuse a loader that may leave examples of its dataset out, or repeat some."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    sampler = sampler_of(loader)
     whole = isinstance(sampler, SequentialSampler) or (
         isinstance(sampler, RandomSampler)
         and not sampler.replacement
@@ -206,6 +207,11 @@ def _refuse_samplers(loader: DataLoader[Any]) -> None:
             "dataset; give ModelData(model, loader.dataset, indices=...) with the positions of "
             "its examples, and collate_fn= if the loader has one."
         )
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """Return what a loader takes its examples' positions from."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
 Indices = npt.NDArray[np.integer[Any]]

@@ -1,12 +1,19 @@
 """The errors that fimkit raises of its own."""
 
-__all__ = ["IFVPUsageError", "SingularFisherError"]
+__all__ = ["IFVPUsageError", "RankError", "SingularFisherError"]
 
 
 class IFVPUsageError(ValueError):
     """Vectors, functions, models or layouts were used in a way that has no right answer.
 
     The message says what was given, what was expected, and the remedy.
+    """
+
+
+class RankError(RuntimeError):
+    """Another process of the group failed, or ended, so that this one cannot go on.
+
+    The message names its rank and what it failed with.
     """
 
 

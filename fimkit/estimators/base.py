@@ -21,8 +21,10 @@ from torch import Tensor
 
 from fimkit import serialization
 from fimkit.data import ModelData, check_model_data
+from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import block_columns, block_names
 from fimkit.estimators.description import describe
+from fimkit.estimators.identity import identity
 from fimkit.estimators.regularization import (
     block_regularizations,
     given_regularizations,
@@ -47,6 +49,12 @@ __all__ = ["FisherEstimator", "components", "compose"]
 
 # Bytes of per-example gradients that a ModelData may become as one array.
 _DENSE_LIMIT = 4 * 2**30
+
+_SAME = (
+    "All ranks fit one estimator to one model: give each the same parameters, and load the same "
+    "weights, or broadcast rank 0's (torch.distributed.broadcast), buffers such as BatchNorm's "
+    "running statistics included."
+)
 
 
 class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
@@ -122,10 +130,15 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             If the model, the data or the parameters do not fit together; the message names the
             parameter, layer or batch and the remedy. The estimator is then as it was before.
         """
-        self._validate_params()
-        if not isinstance(self.regularization, str):
-            given_regularizations(self.regularization)
-        run = Run(Settings.of(self), model, dataloader)
+        ranks = Ranks.current()
+        with ranks.together():
+            self._validate_params()
+            if not isinstance(self.regularization, str):
+                given_regularizations(self.regularization)
+            run = Run(Settings.of(self), model, dataloader, ranks=ranks)
+            known = {} if ranks.alone else identity(self, run.model)
+        ranks.check_same(known, _SAME)
+        run.settings = replace(run.settings, seed=ranks.gather(run.settings.seed)[0])
         with evaluating(run.model):
             fitted = self._fit(run)
         _refuse_overflow(fitted)

@@ -135,11 +135,12 @@ class DataInf(FisherEstimator):
         columns = self._divide(run, self.blocks)
         if not isinstance(self.regularization, str):
             _refuse_zero(block_regularizations(self.regularization, list(columns)))
-        with self._folder(run) as folder:
+        with run.ranks.together():
+            context = self._folder(run)
+        with context as folder:
             accumulator = RowAccumulator() if folder is None else StoredRowAccumulator(folder)
-            for gradients in run.gradients():
-                accumulator.update(gradients.rows())
-            rows = accumulator.result()
+            run.accumulate(lambda gradients: accumulator.update(gradients.rows()))
+            rows = accumulator.result(run.ranks)
             joint = self.fisher == "exact"
             operators = {
                 block: DataInfOperator(rows.block(part), run.n, run.device, joint=joint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from numbers import Integral
 from typing import Any
 
@@ -10,16 +11,24 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from fimkit.distributed import Ranks
 from fimkit.estimators.base import FisherEstimator, components, compose
 from fimkit.estimators.replay import ReplayedPasses
 from fimkit.estimators.run import Run
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import BatchGradients, GroupGradients
-from fimkit.operators import Columns, EigenKroneckerOperator, Operator, RowMatrix
+from fimkit.operators import (
+    Columns,
+    EigenKroneckerOperator,
+    MatrixLayout,
+    Operator,
+    RowMatrix,
+)
 from fimkit.statistics import (
     DiagonalAccumulator,
     FisherAccumulator,
     LayerStatistics,
+    Solver,
     WeightSharing,
     layer_statistics,
     set_eigenbases,
@@ -104,8 +113,10 @@ class _Parts:
         self.layers: dict[str, LayerStatistics] = {}
         self.groups: dict[str, tuple[Columns, tuple[str, ...]]] = {}
         self._rest: dict[str, FisherAccumulator | DiagonalAccumulator] = {}
-        self._forms: dict[str, str] = {}
+        self._forms: dict[str, tuple[str, MatrixLayout | None]] = {}
         self._like = torch.empty(0, dtype=run.dtype, device=run.device)
+        # The rows of a dual form would stay on their ranks.
+        self._solver: Solver = "auto" if run.ranks.alone else "primal"
         self._weight_sharing: WeightSharing = weight_sharing
         self._fallback = fallback
 
@@ -117,13 +128,9 @@ class _Parts:
             self.groups.setdefault(key, (group.columns, group.group.names))
             if group.empty:
                 continue
-            if key not in self.layers and key not in self._rest:
-                statistics = layer_statistics(group, self._like, self._weight_sharing)
-                self._forms[key] = group.form
-                if statistics is not None:
-                    self.layers[key] = statistics
-                else:
-                    self._rest[key] = self._accumulator(group.columns.size)
+            if key not in self._forms:
+                self._begin(key, group.form, group.layout or group.table)
+                if key in self._rest:
                     outside += group.group.names
             self._add(group, gradients)
         if outside and self._fallback == "raise":
@@ -132,6 +139,44 @@ class _Parts:
                 "leave them out with parameters=, or use fallback='auto' for their exact block "
                 "or diagonal."
             )
+
+    def add_eigenvalues(self, gradients: BatchGradients) -> None:
+        """Add one batch in the eigenbases of the layers."""
+        for group in gradients.groups:
+            if group.key in self.layers:
+                self.layers[group.key].add_eigenvalues(group, gradients.weights)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other ranks accumulated, also for layers that only they have met.
+
+        Raises
+        ------
+        IFVPUsageError
+            On all ranks, if they divide parameters into layers in different ways.
+        """
+        known: dict[str, tuple[Any, ...]] = {}
+        for rank, theirs in enumerate(ranks.gather((self.groups, self._forms))):
+            for key, place in theirs[0].items():
+                form = theirs[1].get(key)
+                earlier = known.setdefault(key, (place, form))
+                if earlier[0] != place or (None not in (earlier[1], form) and earlier[1] != form):
+                    raise _differing(key, rank)
+                known[key] = (place, earlier[1] or form)
+        members = Counter(name for (_, names), _ in known.values() for name in names)
+        for name, times in members.items():
+            if times > 1:
+                raise _differing(name, None)
+        for key, (place, form) in known.items():
+            self.groups.setdefault(key, place)
+            if form is not None and key not in self._forms:
+                self._begin(key, *form)
+        self.groups = {key: self.groups[key] for key in known}  # in the order of all ranks
+        self.layers = {key: self.layers[key] for key in known if key in self.layers}
+        for layer in self.layers.values():
+            layer.reduce_factors(ranks)
+        for key in known:
+            if key in self._rest:
+                self._rest[key].reduce(ranks)
 
     def rest(self, key: str, n: int) -> tuple[Operator, str]:
         """Return the operator of parameters outside Kronecker layers, and how it is called."""
@@ -144,7 +189,7 @@ class _Parts:
 
     def _add(self, group: GroupGradients, gradients: BatchGradients) -> None:
         if group.key in self.layers:
-            if group.form != self._forms[group.key]:
+            if group.form != self._forms[group.key][0]:
                 raise IFVPUsageError(
                     f"{group.key!r} was one linear map in earlier batches and is not in this one "
                     "(its calls differ between batches); leave it out with parameters=, or use "
@@ -156,10 +201,25 @@ class _Parts:
             rows = RowMatrix([(inner, group.rows())], group.columns.size, gradients.weights)
             self._rest[group.key].update(rows)
 
-    def _accumulator(self, size: int) -> FisherAccumulator | DiagonalAccumulator:
-        if size <= _DENSE_BLOCK:
-            return FisherAccumulator(size, self._like.device)
-        return DiagonalAccumulator(size, self._like)
+    def _begin(self, key: str, form: str, layout: MatrixLayout | None) -> None:
+        """Make the statistics of a group, empty."""
+        self._forms[key] = form, layout
+        statistics = layer_statistics(form, layout, self._like, self._weight_sharing)
+        size = self.groups[key][0].size
+        if statistics is not None:
+            self.layers[key] = statistics
+        elif size <= _DENSE_BLOCK:
+            self._rest[key] = FisherAccumulator(size, self._like.device, self._solver)
+        else:
+            self._rest[key] = DiagonalAccumulator(size, self._like)
+
+
+def _differing(name: str, rank: int | None) -> IFVPUsageError:
+    whose = "ranks take" if rank is None else f"rank {rank} takes"
+    return IFVPUsageError(
+        f"{whose} {name!r} in another form than the others (its calls differ between batches); "
+        "leave it out with parameters=, or use Explicit."
+    )
 
 
 class EKFAC(_KroneckerEstimator):
@@ -270,13 +330,12 @@ class EKFAC(_KroneckerEstimator):
     def _fit(self, run: Run) -> dict[str, Any]:
         parts = _Parts(run, self.weight_sharing, self.fallback)
         passes = ReplayedPasses(run, self.cache_budget)
-        for gradients in passes.first():
-            parts.update(gradients)
-        set_eigenbases(parts.layers, run.n)
-        for gradients in passes.second():
-            for group in gradients.groups:
-                if group.key in parts.layers:
-                    parts.layers[group.key].add_eigenvalues(group, gradients.weights)
+        run.accumulate(parts.update, passes.first)
+        parts.reduce(run.ranks)
+        set_eigenbases(parts.layers, run.n, run.ranks)
+        run.accumulate(parts.add_eigenvalues, passes.second)
+        for layer in parts.layers.values():
+            layer.reduce_eigenvalues(run.ranks)
         layers = {name: layer.eigen_corrected(run.n) for name, layer in parts.layers.items()}
         return self._finish(run, parts, layers)
 
@@ -338,9 +397,9 @@ class KFAC(_KroneckerEstimator):
 
     def _fit(self, run: Run) -> dict[str, Any]:
         parts = _Parts(run, self.weight_sharing, self.fallback)
-        for gradients in run.gradients():
-            parts.update(gradients)
-        sides = set_eigenbases(parts.layers, run.n)
+        run.accumulate(parts.update)
+        parts.reduce(run.ranks)
+        sides = set_eigenbases(parts.layers, run.n, run.ranks)
         layers = {name: layer.factored(*sides[name]) for name, layer in parts.layers.items()}
         return self._finish(run, parts, layers)
 
@@ -366,8 +425,8 @@ class Diagonal(FisherEstimator):
     def _fit(self, run: Run) -> dict[str, Any]:
         like = torch.empty(0, dtype=run.dtype, device=run.device)
         accumulator = DiagonalAccumulator(run.space.size, like)
-        for gradients in run.gradients():
-            accumulator.update(gradients.rows())
+        run.accumulate(lambda gradients: accumulator.update(gradients.rows()))
+        accumulator.reduce(run.ranks)
         operator = accumulator.result(run.n)
         return {
             "fisher_": operator,

@@ -9,6 +9,7 @@ from sklearn.utils._param_validation import StrOptions
 
 from fimkit.estimators.base import FisherEstimator, compose
 from fimkit.estimators.run import Run
+from fimkit.gradients import BatchGradients
 from fimkit.statistics import FisherAccumulator, Solver
 
 __all__ = ["Explicit"]
@@ -142,10 +143,15 @@ class Explicit(FisherEstimator):
             block: FisherAccumulator(part.size, run.device, self.solver)
             for block, part in columns.items()
         }
-        for gradients in run.gradients():
+
+        def update(gradients: BatchGradients) -> None:
             rows = gradients.rows()
             for block, accumulator in accumulators.items():
                 accumulator.update(rows.block(columns[block]))
+
+        run.accumulate(update)
+        for accumulator in accumulators.values():
+            accumulator.reduce(run.ranks)
         operators = {
             block: (columns[block], accumulator.result(run.n))
             for block, accumulator in accumulators.items()

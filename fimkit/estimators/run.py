@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fimkit.data import ModelData, check_batches, described, indexed_batches
+from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import select_parameters
 from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
+    UNSEEN,
     AmbientAutocast,
     BatchGradients,
     GradientEngine,
@@ -41,13 +44,15 @@ class Run:
         Ignored where ``model`` is a `ModelData`.
     space : ParameterSpace, optional
         The parameters that the model must have; any when not given.
+    ranks : Ranks, optional
+        Which fit together, each with data of its own; this process alone when not given.
 
     Attributes
     ----------
     settings : Settings
         With nothing left open.
     sizes : list of int
-        Examples of each batch that was passed.
+        Examples of each batch that was passed here.
     """
 
     def __init__(
@@ -57,7 +62,9 @@ class Run:
         dataloader: Any = None,
         *,
         space: ParameterSpace | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         if isinstance(model, ModelData):
             if isinstance(dataloader, ModelData | DataLoader):
                 raise IFVPUsageError(
@@ -87,13 +94,14 @@ class Run:
         self.settings = replace(settings, device=self.device, dtype=self.dtype)
         self.blocks: dict[str, int] | None = None
         self.sizes: list[int] = []
+        self._total: int | None = None
         self._autocast = AmbientAutocast()
         self._made: GradientEngine | None = None
 
     @property
     def n(self) -> int:
-        """Number of examples passed."""
-        return sum(self.sizes)
+        """Number of examples passed, on all ranks once a pass has ended."""
+        return sum(self.sizes) if self._total is None else self._total
 
     @property
     def engine(self) -> GradientEngine:
@@ -115,6 +123,29 @@ class Run:
         self.device = device
         self.settings = replace(self.settings, device=device)
 
+    def accumulate(
+        self,
+        update: Callable[[BatchGradients], None],
+        batches: Callable[[], Iterator[BatchGradients]] | None = None,
+    ) -> None:
+        """Pass over the data, all ranks at once, each over its own; what fails on one fails on all.
+
+        Parameters
+        ----------
+        update : callable
+            Takes the gradients of each batch.
+        batches : callable, optional
+            Gives them; `gradients` when not given.
+        """
+        with self.ranks.together():
+            for gradients in (batches or self.gradients)():
+                update(gradients)
+        told = self.ranks.gather((sum(self.sizes), self.engine.coverage))
+        self._total = sum(n for n, _ in told)
+        for _, coverage in reversed(told):
+            seen = {name: how for name, how in coverage.items() if how != UNSEEN}
+            self.engine.coverage.update(seen)
+
     def gradients(self, start: int = 0) -> Iterator[BatchGradients]:
         """Yield the per-example gradients of every batch.
 
@@ -129,13 +160,18 @@ class Run:
             If there is no batch, or a batch gives numbers that are not finite.
         """
         batches = indexed_batches(self.data, indexed=self.settings.objective.fisher == "mc")
-        total = len(self.data.batches()) if isinstance(self.data, ModelData) else None
         unread: dict[int, Tensor] = {}
         before = sum(self.sizes[:start])
-        progress = tqdm(batches, "batches", total, disable=not self.settings.verbose, leave=False)
-        for i, (indices, batch) in enumerate(progress):
-            if i < start:
-                continue
+        silent = not self.settings.verbose or self.ranks.rank > 0
+        progress = tqdm(
+            islice(enumerate(batches), start, None),
+            "batches",
+            _length(self.data),
+            initial=start,
+            disable=silent,
+            leave=False,
+        )
+        for i, (indices, batch) in progress:
             uniforms = ExampleUniforms(self.settings.seed, before if indices is None else indices)
             try:
                 gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
@@ -158,6 +194,14 @@ class Run:
                 "iterated over before is empty: give a list or a DataLoader)."
             )
         _refuse_infinite(unread)
+
+
+def _length(data: Any) -> int | None:
+    """Return the number of batches, for the time left, where it is known."""
+    try:
+        return len(data.batches() if isinstance(data, ModelData) else data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _refuse_infinite(finite: Mapping[int, Tensor]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Callable, List, Tuple, TypeVar  # noqa: UP035
 import torch
 from torch import Tensor
 
+from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.functional.cache import MLPCache
 from fimkit.functional.checks import check_callable, check_finite, check_floating
@@ -168,7 +169,8 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                 "the mask that func returned is 0 everywhere; it must be 1 at the positions that "
                 "count."
             )
-        set_eigenbases({layer_name(i, j): layer for i, j, layer in _numbered(statistics)}, n)
+        layers = {layer_name(i, j): layer for i, j, layer in _numbered(statistics)}
+        set_eigenbases(layers, n, Ranks())
         states.restore()
         for index, batch in enumerate(recorder.batches(batches)):
             if not same_losses(batch.losses, losses[index]):

@@ -1,6 +1,6 @@
 """Per-example gradients: from a model and a batch to factored rows."""
 
-from fimkit.gradients.engine import GradientEngine
+from fimkit.gradients.engine import UNSEEN, GradientEngine
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.modes import (
     AmbientAutocast,
@@ -12,6 +12,7 @@ from fimkit.gradients.modes import (
 from fimkit.gradients.objective import FisherKind, Objective
 
 __all__ = [
+    "UNSEEN",
     "AmbientAutocast",
     "BatchGradients",
     "EvaluationTurns",

@@ -32,7 +32,10 @@ from fimkit.losses import Uniforms
 from fimkit.operators import Columns
 from fimkit.vectors import ParameterSpace
 
-__all__ = ["GradientEngine"]
+__all__ = ["UNSEEN", "GradientEngine"]
+
+#: How the gradients of a parameter are obtained that no example has met.
+UNSEEN = "no gradient seen"
 
 _DEPENDENT = (
     "the loss of one example depends on the others in its batch (batch statistics, a division by "
@@ -113,7 +116,7 @@ class GradientEngine:
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
         self._layouts: dict[Any, list[BatchLayout | None]] = {}
-        self.coverage = dict.fromkeys(space.shapes, "no gradient seen")
+        self.coverage = dict.fromkeys(space.shapes, UNSEEN)
 
     def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
         """Return the per-example gradients of a batch.

@@ -11,6 +11,7 @@ from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.lookup import LookupRows
 from fimkit.operators.row_matrix import Columns, RowMatrix, join_weights
 from fimkit.operators.rows import DenseRows, Rows, ZeroRows, join_rows
+from fimkit.operators.sharded import ShardedRowMatrix
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -26,6 +27,7 @@ __all__ = [
     "Operator",
     "RowMatrix",
     "Rows",
+    "ShardedRowMatrix",
     "ZeroRows",
     "join_rows",
     "join_weights",

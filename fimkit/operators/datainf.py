@@ -236,16 +236,7 @@ class DataInfOperator(Operator):
 
     def _outer(self, damping: float) -> Tensor:
         """Return ``UᵀU``, shape ``(p, p)``."""
-        rows, dtype = self.rows, self._norms.dtype
-        scale = self._shrinkage(damping).sqrt_().view(rows.n, rows.c, 1)
-        out = torch.zeros((self.size, self.size), dtype=dtype, device=self.device)
-        for part in memory.chunks(rows.n, 2 * rows.c * self.size * dtype.itemsize):
-            dense = rows.dense(part, dtype).view(-1, rows.c, self.size)
-            if self._rotation is not None:
-                dense = self._rotation[part].mT @ dense
-            dense = (dense * scale[part]).flatten(0, 1)
-            out.addmm_(dense.T, dense)
-        return out
+        return self.rows.outer(self._shrinkage(damping).sqrt_(), self._rotation)
 
     def _check(self, damping: float) -> None:
         if damping <= torch.finfo(self._norms.dtype).eps * self._largest or not damping > 0:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators.memory import accumulation_dtype
 
@@ -39,18 +40,22 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvalues.clamp_(min=0), vectors
 
 
-def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Eigendecompose named matrices; on CPU each on a thread of its own, the largest first.
+def eigh_all(matrices: Mapping[str, Tensor], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigendecompose named matrices, each on one of the ranks.
+
+    On CPU each is on a thread of its own, the largest first.
 
     Parameters
     ----------
     matrices : mapping of str to Tensor of shape (..., m, m)
-        Overwritten by their eigenvectors, so that these take no memory of their own.
+        The same on all ranks. Overwritten by their eigenvectors, so that these take no memory of
+        their own.
+    ranks : Ranks
 
     Returns
     -------
     dict of str to (eigenvalues, eigenvectors)
-        As `eigh` returns them, in the dtypes given.
+        As `eigh` returns them, in the dtypes given; bit by bit the same on all ranks.
 
     Raises
     ------
@@ -66,6 +71,25 @@ def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
                 f"a Kronecker factor of {name!r} is not finite: its inputs or gradients overflow "
                 f"{matrix.dtype}; fit with dtype=torch.float64, or scale the inputs."
             )
+    owners = ranks.divide([m.numel() * m.shape[-1] for m in matrices.values()])
+    with ranks.together():
+        own = {
+            name: matrix
+            for (name, matrix), owner in zip(matrices.items(), owners, strict=True)
+            if owner == ranks.rank
+        }
+        solved = _side_by_side(own)
+    out = {}
+    for (name, matrix), owner in zip(matrices.items(), owners, strict=True):
+        eigenvalues, vectors = solved.get(name) or (matrix.new_empty(matrix.shape[:-1]), matrix)
+        ranks.broadcast(eigenvalues, owner)
+        ranks.broadcast(vectors, owner)
+        out[name] = eigenvalues, vectors
+    return out
+
+
+def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigendecompose matrices, on CPU each on a thread of its own, and overwrite them."""
 
     def one(matrix: Tensor) -> tuple[Tensor, Tensor]:
         eigenvalues, vectors = eigh(matrix)
@@ -79,7 +103,6 @@ def eigh_all(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
         with ThreadPoolExecutor(
             threads, initializer=torch.set_num_threads, initargs=(1,)
         ) as executor:
-            done = dict(zip(order, executor.map(one, (matrices[n] for n in order)), strict=True))
+            return dict(zip(order, executor.map(one, (matrices[n] for n in order)), strict=True))
     finally:
         torch.set_num_threads(threads)
-    return {name: done[name] for name in matrices}

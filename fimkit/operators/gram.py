@@ -22,7 +22,7 @@ from torch import Tensor
 from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import DampedCholesky, singular
 from fimkit.operators.eigh import eigh
-from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.operators.memory import accumulation_dtype
 from fimkit.operators.row_matrix import RowMatrix, squared_norms
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
@@ -109,11 +109,7 @@ class GramOperator(Operator):
 
     def to_dense(self, damping: float = 0.0) -> Tensor:
         """Return ``F + damping I`` as a ``(p, p)`` tensor."""
-        out = self.gram.new_zeros((self.size, self.size))
-        scale = self._scale.view(self.rows.n, self.rows.c)
-        for part in chunks(self.rows.n, self.rows.c * self.size * out.element_size()):
-            rows = self.rows.dense(part, out.dtype) * scale[part].reshape(-1, 1)
-            out.addmm_(rows.T, rows)
+        out = self.rows.outer(self._scale)
         out.diagonal().add_(damping)
         return out
 

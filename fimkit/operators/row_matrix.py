@@ -184,6 +184,32 @@ class RowMatrix:
         for part in chunks(self.n, self.c * self.size * dtype.itemsize):
             yield self.dense(part, dtype)
 
+    def outer(self, scale: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Sum of the outer products of scaled rows, shape ``(p, p)``, in the dtype of the scale.
+
+        Parameters
+        ----------
+        scale : Tensor of shape (n * c,)
+        rotation : Tensor of shape (n, c, c), optional
+            What each example's rows are combined by, in columns, before they are scaled.
+        """
+        dtype = scale.dtype
+        scale = scale.view(self.n, self.c, 1)
+        out = scale.new_zeros((self.size, self.size))
+        for part in chunks(self.n, 2 * self.c * self.size * dtype.itemsize):
+            dense = self.dense(part, dtype).view(-1, self.c, self.size)
+            if rotation is not None:
+                dense = rotation[part].mT @ dense
+            dense = (dense * scale[part]).flatten(0, 1)
+            out.addmm_(dense.T, dense)
+        return out
+
+    def examples(self, part: slice) -> RowMatrix:
+        """Return the rows of some examples."""
+        groups = [(columns, rows.examples(part)) for columns, rows in self.groups]
+        weights = None if self.weights is None else self.weights[part]
+        return RowMatrix(groups, self.size, weights)
+
     def block(self, columns: Columns) -> RowMatrix:
         """Return the rows of the groups that lie in ``columns``, numbered within them."""
         groups = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fimkit.distributed import Ranks
 from fimkit.operators import DenseOperator, GramOperator, Operator, RowMatrix
 from fimkit.operators.memory import accumulation_dtype, chunks
 from fimkit.statistics.rows import RowAccumulator
@@ -21,7 +22,7 @@ class FisherAccumulator:
 
     The dual form keeps r rows and needs their r × r Gram matrix; the primal form adds each
     batch's rows to a p × p matrix in float64 and forgets them. ``"auto"`` starts dual and turns
-    primal once there are at least p rows.
+    primal once there are at least p rows, on all ranks together.
 
     Parameters
     ----------
@@ -37,6 +38,7 @@ class FisherAccumulator:
         self._solver = solver
         self._n_rows = 0
         self._rows = RowAccumulator()
+        self._ranks = Ranks()
         self._matrix: Tensor | None = None
         if solver == "primal":
             self._turn_primal()
@@ -50,19 +52,38 @@ class FisherAccumulator:
         self._rows.update(rows)
         if self._solver == "auto" and self._n_rows >= self.size:
             self._turn_primal()
-            self._add(self._rows.result())
-            self._rows = RowAccumulator()
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other ranks accumulated; rows stay where they are."""
+        self._ranks = ranks
+        self._n_rows = sum(ranks.gather(self._n_rows))
+        if self._solver == "auto" and self._n_rows >= self.size and self._matrix is None:
+            self._turn_primal()
+        if self._matrix is not None:
+            ranks.add_up(self._matrix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been accumulated."""
+        return {"n_rows": self._n_rows, "matrix": self._matrix, "rows": self._rows.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was accumulated before."""
+        self._n_rows, self._matrix = state["n_rows"], state["matrix"]
+        self._rows.load_state_dict(state["rows"])
 
     def result(self, n: int) -> Operator:
         """Return the operator of n examples, those without any row in this block counted."""
         if self._matrix is not None:
             return DenseOperator(self._matrix / n)
-        return GramOperator(self._rows.result(), n, self.device)
+        return GramOperator(self._rows.result(self._ranks), n, self.device)
 
     def _turn_primal(self) -> None:
         self._matrix = torch.zeros(
             (self.size, self.size), dtype=accumulation_dtype(self.device), device=self.device
         )
+        if self._n_rows:
+            self._add(self._rows.result())
+            self._rows = RowAccumulator()
 
     def _add(self, rows: RowMatrix) -> None:
         assert self._matrix is not None

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fimkit.distributed import Ranks
 from fimkit.gradients import GroupGradients
 from fimkit.operators import EigenKroneckerOperator, FactoredRows, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
@@ -65,6 +66,7 @@ class LayerStatistics(ABC):
         self._eigenvalues = like.new_zeros((layout.groups, layout.out, layout.columns))
         self._output_basis: Tensor | None = None
         self._input_basis: Tensor | None = None
+        self._bases_are_set = False
 
     @abstractmethod
     def add_factors(
@@ -84,10 +86,36 @@ class LayerStatistics(ABC):
     def set_bases(self, output: Tensor | None, input: Tensor | None) -> None:
         """Take the eigenvectors of the two sides; None for the identity."""
         self._output_basis, self._input_basis = output, input
+        self._bases_are_set = True
 
     @abstractmethod
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
         """Add one batch's squared per-example gradients in the eigenbasis."""
+
+    def reduce_factors(self, ranks: Ranks) -> None:
+        """Add what the other ranks accumulated in the two sides."""
+        self.output.reduce(ranks)
+        self.input.reduce(ranks)
+
+    def reduce_eigenvalues(self, ranks: Ranks) -> None:
+        """Add what the other ranks accumulated in the eigenbasis."""
+        ranks.add_up(self._eigenvalues)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been accumulated: of the sides, or, once they ended, in their bases."""
+        if self._bases_are_set:
+            bases = {"output": self._output_basis, "input": self._input_basis}
+            return {"eigenvalues": self._eigenvalues, "bases": bases}
+        return {"output": self.output.state_dict(), "input": self.input.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was accumulated before."""
+        if "bases" in state:
+            self._eigenvalues = state["eigenvalues"]
+            self.set_bases(**state["bases"])
+        else:
+            self.output.load_state_dict(state["output"])
+            self.input.load_state_dict(state["input"])
 
     def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
         """Return the operator with the mean of squares over n examples as eigenvalues."""
@@ -308,20 +336,30 @@ class TiedStatistics(LayerStatistics):
 
 
 def layer_statistics(
-    group: GroupGradients, like: Tensor, weight_sharing: WeightSharing
+    form: str, layout: MatrixLayout | None, like: Tensor, weight_sharing: WeightSharing
 ) -> LayerStatistics | None:
-    """Return empty statistics for the layer that a group's gradients are of, or None if none."""
-    if group.layout is not None:
-        return LinearStatistics(group.layout, like, weight_sharing)
-    if group.table is None:
+    """Return empty statistics for a layer whose calls act in a form, or None if it is none.
+
+    Parameters
+    ----------
+    form : str
+        As `GroupGradients.form`.
+    layout : MatrixLayout or None
+        Of the map or the table.
+    like, weight_sharing
+        As for `LinearStatistics`.
+    """
+    if layout is None:
         return None
-    if group.form == "tied table":
-        return TiedStatistics(group.table, like)
-    return LookupStatistics(group.table, like, weight_sharing)
+    if form == "map":
+        return LinearStatistics(layout, like, weight_sharing)
+    if form == "tied table":
+        return TiedStatistics(layout, like)
+    return LookupStatistics(layout, like, weight_sharing)
 
 
 def set_eigenbases(
-    layers: Mapping[str, LayerStatistics], n: int
+    layers: Mapping[str, LayerStatistics], n: int, ranks: Ranks
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Give every layer the eigenvectors of its sides, which end with that.
 
@@ -331,6 +369,8 @@ def set_eigenbases(
         By name, for errors.
     n : int
         Number of examples, those that met no layer counted.
+    ranks : Ranks
+        Which have the same sides, and share the work.
 
     Returns
     -------
@@ -348,7 +388,7 @@ def set_eigenbases(
         for role, side in (("output", layer.output), ("input", layer.input))
         if not side.diagonal
     }
-    solved = eigh_all({f"{name} ({role} side)": m for (name, role), m in full.items()})
+    solved = eigh_all({f"{name} ({role} side)": m for (name, role), m in full.items()}, ranks)
     eigenvalues = {}
     for name, layer in layers.items():
         sides = []

@@ -7,8 +7,12 @@ over all positions would have to transpose them first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fimkit.distributed import Ranks
 
 __all__ = ["Side", "rotate"]
 
@@ -57,6 +61,19 @@ class Side:
     def add_units(self, indices: Tensor, weights: Tensor) -> None:
         """Add the outer products of weighted unit vectors, to a diagonal."""
         self._sum[0].index_add_(0, indices, weights)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other ranks accumulated."""
+        self._counted = any(ranks.gather(self._counted))
+        ranks.add_up(self._sum, self._count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been accumulated."""
+        return {"counted": self._counted, "sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was accumulated before."""
+        self._counted, self._sum, self._count = state["counted"], state["sum"], state["count"]
 
     def finish(self, n: int) -> Tensor:
         """Turn the sum into the mean over the positions counted, or over n examples.

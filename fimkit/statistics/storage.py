@@ -16,9 +16,11 @@ from typing import IO, Any, NoReturn, Self
 import torch
 from torch import Tensor
 
+from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import Columns, RowMatrix, Rows, ZeroRows, join_rows, join_weights
 from fimkit.operators.memory import chunks
+from fimkit.statistics.rows import divided
 
 __all__ = ["RowFolder", "StoredRowAccumulator"]
 
@@ -107,13 +109,13 @@ class StoredRowAccumulator:
             series[-1].append(part)
         self._weights.append(rows.weights)
 
-    def result(self) -> RowMatrix:
-        """Return the rows of all batches, in order, mapped from the files."""
+    def result(self, ranks: Ranks | None = None) -> RowMatrix:
+        """Return the rows of all batches, in order, mapped from the files of each rank."""
         groups = [
             (columns, _joined(series, self._folder.path / str(i)))
             for i, (columns, series) in enumerate(zip(self._columns, self._groups, strict=True))
         ]
-        return RowMatrix(groups, self._size, join_weights(self._weights))
+        return divided(RowMatrix(groups, self._size, join_weights(self._weights)), ranks)
 
 
 class _Series:
