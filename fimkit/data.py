@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,20 +11,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     TensorDataset,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from fimkit.exceptions import IFVPUsageError
 
 __all__ = [
     "Indices",
     "ModelData",
+    "OwnPositions",
     "check_batches",
     "check_model_data",
     "described",
@@ -270,10 +275,21 @@ class _TaggedCollate:
 
 
 def _tagged_loader(loader: DataLoader[Any]) -> Iterator[tuple[Indices, Any]]:
-    tagged: DataLoader[Any] = DataLoader(
-        _Tagged(loader.dataset),
-        batch_sampler=loader.batch_sampler,
-        collate_fn=_TaggedCollate(loader.collate_fn),
+    tagged = _remade(
+        loader, _Tagged(loader.dataset), loader.batch_sampler, _TaggedCollate(loader.collate_fn)
+    )
+    for indices, batch in tagged:
+        yield np.asarray(indices), batch
+
+
+def _remade(
+    loader: DataLoader[Any], dataset: Any, batch_sampler: Any, collate_fn: Any
+) -> DataLoader[Any]:
+    """Return a loader with other parts and the same workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -282,8 +298,45 @@ def _tagged_loader(loader: DataLoader[Any]) -> Iterator[tuple[Indices, Any]]:
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
     )
-    for indices, batch in tagged:
-        yield np.asarray(indices), batch
+
+
+class OwnPositions(Sampler[int]):
+    """What a `DistributedSampler` draws for its rank, without what it repeats to fill up.
+
+    Parameters
+    ----------
+    sampler : DistributedSampler
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        self.num_replicas, self.rank = sampler.num_replicas, sampler.rank
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._sampler, len(self))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self._sampler.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def _without_repeats(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader that draws no example twice for a `DistributedSampler` to be even."""
+    sampler = sampler_of(loader)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return loader
+    n = len(sampler.dataset)  # type: ignore[arg-type]
+    if n % sampler.num_replicas == 0:
+        return loader
+    batches = loader.batch_sampler
+    plain = type(loader) is DataLoader and type(sampler) is DistributedSampler
+    if not plain or not isinstance(batches, BatchSampler) or type(batches) is not BatchSampler:
+        raise IFVPUsageError(
+            f"the {type(sampler).__name__} repeats {-n % sampler.num_replicas} of {n} examples, so "
+            f"that all {sampler.num_replicas} ranks have as many; give a plain DataLoader with a "
+            "plain DistributedSampler, of which each example is taken once, or drop_last=True."
+        )
+    own = BatchSampler(OwnPositions(sampler), batches.batch_size, batches.drop_last)
+    return _remade(loader, loader.dataset, own, loader.collate_fn)
 
 
 def described(value: Any) -> str:
@@ -294,12 +347,17 @@ def described(value: Any) -> str:
 def check_batches(data: Any) -> Any:
     """Return data that can be iterated over in batches, or raise what it is instead.
 
+    What a `DistributedSampler` repeats, so that all ranks have as many examples, is left out.
+
     Raises
     ------
     IFVPUsageError
-        If it is a dataset, a batch, or nothing iterable.
+        If it is a dataset, a batch, or nothing iterable; or if examples are repeated in a way that
+        cannot be undone.
     """
-    if isinstance(data, ModelData | DataLoader):
+    if isinstance(data, DataLoader):
+        return _without_repeats(data)
+    if isinstance(data, ModelData):
         return data
     remedy = "give a DataLoader, another iterable of batches, or ModelData(model, dataset)"
     if isinstance(data, Dataset):

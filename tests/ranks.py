@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import os
+import pickle
+import signal
+import time
 import traceback
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import fimkit
 from fimkit import EKFAC, KFAC, DataInf, Diagonal, Explicit
 
 N = 23
@@ -142,9 +148,10 @@ def start(function, size, *arguments, folder, timeout=60.0):
         join=False,
         start_method="spawn",
     )
-    while not context.join():
-        pass
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    for process in context.processes:
+        process.join()
+    paths = [Path(folder) / f"{rank}.pt" for rank in range(size)]
+    return [torch.load(p, weights_only=False) if p.exists() else None for p in paths]
 
 
 def _run(rank, function, size, arguments, folder, timeout):
@@ -161,4 +168,141 @@ def _run(rank, function, size, arguments, folder, timeout):
     except Exception:
         result = traceback.format_exc()
     torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    if function is not one_dies:
+        dist.destroy_process_group()
+
+
+# -- what each rank gives, and what must come of it ------------------------------------------------
+
+
+def _sampled(dataset, **options):
+    sampler = torch.utils.data.DistributedSampler(dataset, **options)
+    return torch.utils.data.DataLoader(dataset, batch_size=3, sampler=sampler)
+
+
+def _raised(function):
+    try:
+        function()
+    except Exception as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        return f"{type(error).__name__}: {error} {notes}"
+    return None
+
+
+class Failing:
+    """A loader that fails after two batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches[:2]
+        raise OSError("the disk is gone")
+
+
+def shards_and_faults(rank, size, folder):
+    """Fit what ranks may pass, right and wrong; return numbers and messages by name."""
+    model, x, y = problem("mlp")
+    dataset = torch.utils.data.TensorDataset(x, y)
+    own = batches(x, y, shard(rank, size), 3)
+    v = torch.linspace(-1, 1, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    found = {}
+
+    # Samplers, positions and sampled labels.
+    for name, options in {"sampler": {}, "shuffled": {"seed": 3}}.items():
+        loader = _sampled(dataset, shuffle=name == "shuffled", **options)
+        for method in (EKFAC, DataInf):
+            estimator = method(0.1, cache_budget=0) if method is EKFAC else method(0.1)
+            estimator.fit(model, loader)
+            found[name, method.__name__] = estimator.n_samples_seen_, estimator.transform(v)
+    dropped = EKFAC(0.1).fit(model, _sampled(dataset, shuffle=False, drop_last=True))
+    found["drop_last"] = dropped.n_samples_seen_
+    mc = Diagonal(0.1, fisher="mc", random_state=5)
+    found["mc, sampler"] = mc.fit(model, _sampled(dataset, shuffle=True)).transform(v)
+    positions = list(shard(rank, size))
+    data = fimkit.ModelData(model, dataset, indices=positions, batch_size=4)
+    found["mc, ModelData"] = mc.fit(data).transform(v)
+    same = [(x[:4], y[:4])]  # the same examples on all ranks: only random numbers differ
+    found["mc, lists"] = mc.fit(model, same).transform(v)
+    fresh = Diagonal(0.1, fisher="mc").fit(model, own)
+    found["mc, no seed"] = fresh.transform(v)
+
+    # What stays on its ranks, and what is written.
+    datainf = DataInf(0.1, blocks="parameter").fit(model, own)
+    found["datainf"] = datainf.transform(v)
+    datainf.save(f"{folder}/datainf.fimkit")
+    dual = Explicit(0.1, solver="dual", fisher="exact").fit(model, own)
+    found["dual"] = dual.transform(v)
+    dual.save(f"{folder}/dual.fimkit")
+    stored = DataInf(0.1, storage=f"{folder}/rows").fit(model, own)
+    found["stored"] = stored.transform(v)
+    found["other vectors"] = _raised(lambda: datainf.transform(v * (1 + rank)))
+    found["pickled"] = _raised(lambda: pickle.dumps(datainf))
+
+    # A wrapped model, whose gradients are not touched.
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    fired = []
+    for parameter in wrapped.parameters():
+        parameter.register_post_accumulate_grad_hook(fired.append)
+    found["ddp"] = EKFAC(0.1).fit(wrapped, own).transform(v)
+    found["ddp, gradients"] = len(fired), [p.grad for p in wrapped.parameters()]
+
+    # Faults of rank 1 alone.
+    def fault(data=own, given=model, **parameters):
+        estimator = EKFAC(**{"regularization": 0.1, **(parameters if rank == 1 else {})})
+        return _raised(lambda: estimator.fit(given, data))
+
+    bad = own[0][0].clone()
+    bad[0, 0] = torch.nan
+    found["empty"] = fault([] if rank == 1 else own)
+    found["nan"] = fault([(bad, own[0][1]), *own[1:]] if rank == 1 else own)
+    found["loader"] = fault(Failing(own) if rank == 1 else own)
+    found["settings"] = fault(fisher="exact")
+    found["invalid"] = fault(regularization=-1)
+    found["swapped"] = fault(given=3 if rank == 1 else model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].bias[2] += 1e-12
+    found["weights"] = fault(given=other if rank == 1 else model)
+    wide = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    found["shapes"] = fault(given=wide if rank == 1 else model)
+    twice = torch.utils.data.DistributedSampler(dataset, num_replicas=size, rank=0)
+    found["one shard"] = fault(torch.utils.data.DataLoader(dataset, sampler=twice, batch_size=4))
+    found["afterwards"] = EKFAC(0.1).fit(model, own).transform(v)
+    return found
+
+
+def fully_sharded(rank, size):
+    """Fit a model whose parameters are divided, as it is and as a plain copy of it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model, x, y = problem("mlp")
+    own = batches(x, y, shard(rank, size), 3)
+    divided = copy.deepcopy(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+    fully_shard(divided[0], mesh=mesh)
+    fully_shard(divided, mesh=mesh)
+    refused = _raised(lambda: EKFAC(0.1).fit(divided, own))
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    options = StateDictOptions(full_state_dict=True)
+    plain.load_state_dict(get_model_state_dict(divided, options=options))
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    return refused, EKFAC(0.1).fit(plain, own).transform(v)
+
+
+def one_dies(rank, size):
+    """Lose a rank in the middle of its pass."""
+    model, x, y = problem("mlp")
+    own = batches(x, y, shard(rank, size), 3)
+
+    def dying():
+        yield own[0]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    began = time.monotonic()
+    message = _raised(lambda: Diagonal(0.1).fit(model, dying() if rank == 1 else own))
+    return message, time.monotonic() - began

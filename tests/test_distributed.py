@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fimkit
+from fimkit import EKFAC, DataInf, Diagonal, Explicit
 from tests import ranks
 
 
@@ -39,3 +41,149 @@ def test_ranks_fit_what_one_process_fits(alone, together, name):
             assert values.shape == expected.shape
             distance = float((values - expected).norm() / expected.norm())
             assert distance < 1e-10, f"rank {rank}, {key}: {distance}"
+
+
+# -- shards and faults -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What two ranks find of shards and faults."""
+    results = ranks.start(ranks.shards_and_faults, 2, str(folder), folder=folder)
+    for rank, result in enumerate(results):
+        assert isinstance(result, dict), f"rank {rank}: {result}"
+    return results
+
+
+@pytest.fixture(scope="module")
+def whole():
+    model, x, y = ranks.problem("mlp")
+    size = sum(p.numel() for p in model.parameters())
+    return model, [(x, y)], torch.linspace(-1, 1, size, dtype=torch.float64)
+
+
+def expected(estimator, whole):
+    model, batches, v = whole
+    return estimator.fit(model, batches).transform(v)
+
+
+def close(values, reference):
+    return float((values - reference).norm() / reference.norm()) < 1e-10
+
+
+@pytest.mark.parametrize("order", ["sampler", "shuffled"])
+@pytest.mark.parametrize("method", [EKFAC, DataInf])
+def test_a_distributed_sampler_counts_each_example_once(found, whole, order, method):
+    reference = expected(method(0.1), whole)
+    for result in found:
+        n, ifvp = result[order, method.__name__]
+        assert n == ranks.N
+        assert close(ifvp, reference)
+
+
+def test_what_drop_last_drops_is_dropped(found):
+    assert [result["drop_last"] for result in found] == [ranks.N - 1] * 2
+
+
+def test_sampled_labels_do_not_depend_on_the_number_of_ranks(found, whole):
+    reference = expected(Diagonal(0.1, fisher="mc", random_state=5), whole)
+    for result in found:
+        assert close(result["mc, sampler"], reference)
+        assert close(result["mc, ModelData"], reference)
+
+
+def test_sampled_labels_of_separate_shards_do_not_coincide(found, whole):
+    model, [(x, y)], v = whole
+    diagonal = Diagonal(0.1, fisher="mc", random_state=5)
+    coinciding = diagonal.fit(model, [(x[:4], y[:4])]).transform(v)
+    assert torch.equal(found[0]["mc, lists"], found[1]["mc, lists"])
+    assert not close(found[0]["mc, lists"], coinciding)
+
+
+def test_without_a_seed_all_ranks_take_one(found):
+    assert torch.equal(found[0]["mc, no seed"], found[1]["mc, no seed"])
+
+
+def test_rows_that_stay_on_their_ranks_are_saved_as_one_file(found, folder, whole):
+    _, _, v = whole
+    datainf = fimkit.load(folder / "datainf.fimkit")
+    dual = fimkit.load(folder / "dual.fimkit")
+    assert close(datainf.transform(v), expected(DataInf(0.1, blocks="parameter"), whole))
+    assert close(dual.transform(v), expected(Explicit(0.1, solver="dual", fisher="exact"), whole))
+    for result in found:
+        assert close(result["datainf"], datainf.transform(v))
+        assert close(result["dual"], dual.transform(v))
+        assert close(result["stored"], expected(DataInf(0.1), whole))
+
+
+def test_ranks_must_give_the_same_vectors(found):
+    for result in found:
+        assert "rank 1 gave 1 vectors of norm" in result["other vectors"]
+        assert "save(path) on all ranks" in result["pickled"]
+
+
+def test_a_wrapped_model_is_fitted_and_its_gradients_left_alone(found, whole):
+    for result in found:
+        assert close(result["ddp"], expected(EKFAC(0.1), whole))
+        fired, gradients = result["ddp, gradients"]
+        assert fired == 0
+        assert all(gradient is None for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("empty", "no batches"),
+        ("nan", "batch 0: NaN"),
+        ("loader", "the disk is gone"),
+        ("invalid", "'regularization' parameter"),
+        ("swapped", "model must be a torch.nn.Module"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others_naming_itself(found, fault, cause):
+    assert cause in found[1][fault]
+    assert "on rank 1 of 2" in found[1][fault]
+    assert found[0][fault].startswith("RankError: rank 1 failed: ")
+    assert cause in found[0][fault]
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("settings", "ranks differ in fisher: empirical on rank 0, exact on rank 1"),
+        ("weights", "ranks differ in the model's '0.bias'"),
+        ("shapes", "ranks differ in the model's '0.weight'"),
+        ("one shard", "ranks 0 and 1 both draw shard 0 of 2"),
+    ],
+)
+def test_ranks_that_fit_different_things_are_refused(found, fault, cause):
+    for result in found:
+        assert cause in result[fault]
+
+
+def test_ranks_fit_again_after_faults(found, whole):
+    for result in found:
+        assert close(result["afterwards"], expected(EKFAC(0.1), whole))
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    survivor, dead = ranks.start(ranks.one_dies, 2, folder=tmp_path)
+    assert dead is None
+    message, seconds = survivor
+    assert "rank 0 lost the other ranks" in message
+    assert seconds < 60
+
+
+@pytest.mark.slow
+def test_a_fully_sharded_model_is_refused_with_a_remedy_that_works(tmp_path):
+    model, x, y = ranks.problem("mlp")
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    reference = EKFAC(0.1).fit(model, [(x, y)]).transform(v)
+    for refused, ifvp in ranks.start(ranks.fully_sharded, 2, folder=tmp_path):
+        assert "get_model_state_dict" in refused
+        assert close(ifvp, reference)

@@ -43,7 +43,7 @@ from fimkit.gradients import (
     evaluating,
 )
 from fimkit.losses import LOSSES, Loss, measured
-from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix
+from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix, ShardedRowMatrix
 
 __all__ = ["FisherEstimator", "components", "compose"]
 
@@ -138,7 +138,7 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             run = Run(Settings.of(self), model, dataloader, ranks=ranks)
             known = {} if ranks.alone else identity(self, run.model)
         ranks.check_same(known, _SAME)
-        run.settings = replace(run.settings, seed=ranks.gather(run.settings.seed)[0])
+        run.agree()
         with evaluating(run.model):
             fitted = self._fit(run)
         _refuse_overflow(fitted)
@@ -226,7 +226,8 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
 
         The file is in the safetensors format: tensors, and parameters as JSON, without code. So a
         ``loss`` that is a function or a module is not in it, and is given to `load` again. Neither
-        is the model.
+        is the model. Where rows are divided over the ranks of a process group (by `DataInf`, and
+        by `Explicit` in its dual form), all ranks call this; rank 0 gathers the rows and writes.
 
         Parameters
         ----------
@@ -254,7 +255,17 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             "parameters": describe(parameters, "parameters", tensors),
             "fitted": describe(fitted, "fitted", tensors),
         }
-        serialization.write(path, header, tensors)
+        ranks = Ranks.current() if self._is_sharded() else Ranks()
+        with ranks.together():
+            if ranks.rank == 0:
+                serialization.write(path, header, tensors)
+
+    def _is_sharded(self) -> bool:
+        """Whether rows of the fit are divided over ranks, which then answer together."""
+        return any(
+            isinstance(getattr(operator, "rows", None), ShardedRowMatrix)
+            for operator in components(self.fisher_)
+        )
 
     @property
     def regularization_(self) -> Any:

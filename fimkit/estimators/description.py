@@ -29,6 +29,7 @@ from fimkit.operators import (
     LookupRows,
     MatrixLayout,
     RowMatrix,
+    ShardedRowMatrix,
     ZeroRows,
 )
 from fimkit.vectors import ParameterSpace
@@ -103,6 +104,8 @@ def describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.random.RandomState):
         kind, keys, *rest = value.get_state()
         return {"is": "RandomState", "state": [kind, np.asarray(keys).tolist(), *rest]}
+    if isinstance(value, ShardedRowMatrix):
+        value = value.whole()
     fields = _FIELDS.get(type(value))
     if fields is not None:
         parts = {

@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from fimkit.data import ModelData, check_batches, described, indexed_batches
+from fimkit.data import (
+    ModelData,
+    OwnPositions,
+    check_batches,
+    described,
+    indexed_batches,
+    sampler_of,
+)
 from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import select_parameters
 from fimkit.estimators.settings import Settings
@@ -77,6 +85,7 @@ class Run:
             data = check_batches(dataloader)
         self.data = data
         self.model = unwrap(model)
+        _refuse_parts(self.model)
         _refuse_batch_statistics(self.model)
         self.space = select_parameters(self.model, settings.patterns)
         if space is not None and space.shapes != self.space.shapes:
@@ -95,6 +104,7 @@ class Run:
         self.blocks: dict[str, int] | None = None
         self.sizes: list[int] = []
         self._total: int | None = None
+        self._numbering = 0
         self._autocast = AmbientAutocast()
         self._made: GradientEngine | None = None
 
@@ -122,6 +132,49 @@ class Run:
         """Keep rows and statistics on this device, wherever the model is; before any pass."""
         self.device = device
         self.settings = replace(self.settings, device=device)
+
+    def agree(self) -> None:
+        """Settle with the other ranks what all must have in common for sampled labels.
+
+        All take rank 0's seed. An example's random numbers go by its position in the dataset, where
+        all ranks take theirs from one (by a `DistributedSampler`, or as `ModelData` of positions
+        none of which two ranks have); otherwise each rank's positions have numbers of their own.
+
+        Raises
+        ------
+        IFVPUsageError
+            On all ranks, if two of them draw the same shard.
+        """
+        seed = self.ranks.gather(self.settings.seed)[0]
+        self.settings = replace(self.settings, seed=seed)
+        sampler = sampler_of(self.data) if isinstance(self.data, DataLoader) else None
+        own = None
+        if isinstance(sampler, DistributedSampler | OwnPositions):
+            own = sampler.num_replicas, sampler.rank
+        shards = self.ranks.gather(own)
+        for rank, shard in enumerate(shards):
+            earlier = shards.index(shard)
+            if shard is not None and earlier < rank:
+                raise IFVPUsageError(
+                    f"ranks {earlier} and {rank} both draw shard {shard[1]} of {shard[0]}; give "
+                    "each rank DistributedSampler(dataset) of its own, made after "
+                    "init_process_group."
+                )
+        one_dataset = None not in shards
+        if not one_dataset and self.settings.objective.fisher == "mc":
+            one_dataset = self._positions_are_shared_out()
+        self._numbering = 0 if one_dataset else self.ranks.rank
+
+    def _positions_are_shared_out(self) -> bool:
+        """Whether all ranks have `ModelData` of as long a dataset, and none the same positions."""
+        data = self.data if isinstance(self.data, ModelData) else None
+        lengths = self.ranks.gather(None if data is None else len(data.dataset))
+        if data is None or len(set(lengths)) > 1:
+            return False
+        taken = torch.zeros(len(data.dataset), dtype=torch.int64)
+        taken[torch.from_numpy(data.indices)] = 1
+        self.ranks.add_up(taken)
+        return bool((taken <= 1).all())
 
     def accumulate(
         self,
@@ -172,7 +225,9 @@ class Run:
             leave=False,
         )
         for i, (indices, batch) in progress:
-            uniforms = ExampleUniforms(self.settings.seed, before if indices is None else indices)
+            uniforms = ExampleUniforms(
+                self.settings.seed, before if indices is None else indices, self._numbering
+            )
             try:
                 gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
             except IFVPUsageError as error:
@@ -226,6 +281,18 @@ def _check_model(model: Any, dataloader: Any) -> None:
         raise IFVPUsageError(
             "fit(model) has no data; call fit(model, dataloader) or fit(ModelData(model, dataset))."
         )
+
+
+def _refuse_parts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise IFVPUsageError(
+                f"parameter {name!r} is a DTensor, of which each rank has a part (fully_shard, or "
+                "tensor parallelism), and its layers communicate in every batch, of which ranks "
+                "may have different numbers. Fit a plain copy of the model on each rank: "
+                "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True))), from torch.distributed.checkpoint.state_dict."
+            )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

@@ -27,10 +27,13 @@ class ExampleUniforms:
     indices : ndarray of int, or int
         Positions of the batch's examples in the dataset; or, where those are unknown, the number
         of examples before the batch.
+    dataset : int, default=0
+        Which numbering of examples it is; others with the same positions have other numbers.
     """
 
-    def __init__(self, seed: int, indices: npt.NDArray[np.integer] | int) -> None:
+    def __init__(self, seed: int, indices: npt.NDArray[np.integer] | int, dataset: int = 0) -> None:
         self._seed = seed
+        self._dataset = dataset
         self._indices = indices
         self._sample = 0
 
@@ -48,7 +51,8 @@ class ExampleUniforms:
             )
         numbers = np.empty((n, m))
         for row, index in zip(numbers, indices, strict=True):
-            bits = np.random.Philox(key=self._seed, counter=[0, 0, self._sample, int(index)])
+            counter = [0, self._dataset, self._sample, int(index)]
+            bits = np.random.Philox(key=self._seed, counter=counter)
             np.random.Generator(bits).random(out=row)
         self._sample += 1
         return torch.from_numpy(numbers).view(*shape)
