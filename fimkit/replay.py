@@ -33,8 +33,29 @@ class RandomStates:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
         self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002  (what datasets draw from)
+        self._numpy: Any = np.random.get_state()  # noqa: NPY002  (what datasets draw from)
         self._generators = [(generator, generator.get_state()) for generator in generators]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states as tensors and numbers."""
+        return {
+            "torch": self._torch,
+            "cuda": self._cuda,
+            "python": self._python,
+            "numpy": self._numpy,
+            "generators": [state for _, state in self._generators],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take states of before, for the same generators."""
+        self._torch = state["torch"].cpu()
+        self._cuda = [each.cpu() for each in state["cuda"]]
+        self._python, self._numpy = state["python"], state["numpy"]
+        generators = [generator for generator, _ in self._generators]
+        self._generators = [
+            (generator, each.cpu())
+            for generator, each in zip(generators, state["generators"], strict=True)
+        ]
 
     def restore(self) -> None:
         """Return to these states, so that the same numbers are drawn again."""

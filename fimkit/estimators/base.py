@@ -23,6 +23,7 @@ from fimkit import serialization
 from fimkit.data import ModelData, check_model_data
 from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import block_columns, block_names
+from fimkit.estimators.checkpoint import Checkpoint
 from fimkit.estimators.description import describe
 from fimkit.estimators.identity import identity
 from fimkit.estimators.regularization import (
@@ -61,7 +62,9 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
     # What goes in is no metadata, although it is not called X.
-    __metadata_request__fit = dict.fromkeys(("model", "dataloader"), metadata_routing.UNUSED)
+    __metadata_request__fit = dict.fromkeys(
+        ("model", "dataloader", "checkpoint", "checkpoint_every"), metadata_routing.UNUSED
+    )
     __metadata_request__transform = {"vectors": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__inverse_transform = __metadata_request__transform
     __metadata_request__score = __metadata_request__transform
@@ -106,7 +109,14 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, model: Any, dataloader: Any = None) -> Any:
+    def fit(
+        self,
+        model: Any,
+        dataloader: Any = None,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+    ) -> Any:
         """Build the Fisher information matrix of a model on data.
 
         Parameters
@@ -117,7 +127,15 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         dataloader : iterable of batches, optional
             A ``DataLoader`` or any iterable of batches, each a tuple or list
             ``(*inputs, targets)``, a mapping with ``labels``, or what a callable ``loss`` takes.
-            Ignored when ``model`` is a `ModelData`, so that scikit-learn may pass labels.
+            Ignored when ``model`` is a `ModelData`, so that scikit-learn may pass labels. In a
+            process group each rank passes its own shard, and all ranks fit the same estimator.
+        checkpoint : str or path, optional
+            A folder, made if absent, into which the state of the fit is written, and nowhere else.
+            The same call goes on from there after an interruption, with the same result. The files
+            are removed when the fit is complete. (It belongs to one fit, so it is no parameter of
+            the estimator, which searches copy.)
+        checkpoint_every : int, default=100
+            Batches from one writing to the next.
 
         Returns
         -------
@@ -129,6 +147,8 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         IFVPUsageError
             If the model, the data or the parameters do not fit together; the message names the
             parameter, layer or batch and the remedy. The estimator is then as it was before.
+        RankError
+            If another rank of the process group failed, naming it and its error.
         """
         ranks = Ranks.current()
         with ranks.together():
@@ -136,9 +156,14 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             if not isinstance(self.regularization, str):
                 given_regularizations(self.regularization)
             run = Run(Settings.of(self), model, dataloader, ranks=ranks)
-            known = {} if ranks.alone else identity(self, run.model)
+            _check_interval(checkpoint_every)
+            needed = checkpoint is not None or not ranks.alone
+            known = identity(self, run.model) if needed else {}
         ranks.check_same(known, _SAME)
         run.agree()
+        with ranks.together():
+            if checkpoint is not None:
+                run.checkpoint = Checkpoint(checkpoint, checkpoint_every, ranks, known, run.device)
         with evaluating(run.model):
             fitted = self._fit(run)
         _refuse_overflow(fitted)
@@ -155,7 +180,10 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             _space=run.space,
             _settings=run.settings,
         )
-        self.__dict__.update(fitted)
+        with ranks.together():  # as long as one may need them, all keep their files
+            self.__dict__.update(fitted)
+        if run.checkpoint is not None:
+            run.checkpoint.remove()
         return self
 
     @abstractmethod
@@ -398,6 +426,13 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
                 if rows is None:
                     return
                 yield rows
+
+
+def _check_interval(every: Any) -> None:
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
+        raise IFVPUsageError(
+            f"checkpoint_every is {every!r}; expected a number of batches, at least 1."
+        )
 
 
 def _refuse_overflow(fitted: Mapping[str, Any]) -> None:

@@ -139,7 +139,7 @@ class DataInf(FisherEstimator):
             context = self._folder(run)
         with context as folder:
             accumulator = RowAccumulator() if folder is None else StoredRowAccumulator(folder)
-            run.accumulate(lambda gradients: accumulator.update(gradients.rows()))
+            run.accumulate({"": accumulator}, lambda batch: accumulator.update(batch.rows()))
             rows = accumulator.result(run.ranks)
             joint = self.fisher == "exact"
             operators = {
@@ -167,6 +167,11 @@ class DataInf(FisherEstimator):
             raise IFVPUsageError(
                 f"device is {run.device}, but rows in a folder are mapped into the CPU's memory; "
                 "leave device out, or use storage='memory'."
+            )
+        if run.checkpoint is not None:
+            raise IFVPUsageError(
+                "checkpoint= is given with storage= a folder, whose files go with an interrupted "
+                "fit; use storage='memory' with checkpoint=, which keeps the rows in files too."
             )
         run.keep_on(torch.device("cpu"))
         return RowFolder(self.storage)

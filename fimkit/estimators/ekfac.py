@@ -146,6 +146,25 @@ class _Parts:
             if group.key in self.layers:
                 self.layers[group.key].add_eigenvalues(group, gradients.weights)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been accumulated."""
+        return {
+            "groups": self.groups,
+            "forms": self._forms,
+            "layers": {key: layer.state_dict() for key, layer in self.layers.items()},
+            "rest": {key: rest.state_dict() for key, rest in self._rest.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was accumulated before."""
+        self.groups = state["groups"]
+        for key, form in state["forms"].items():
+            self._begin(key, *form)
+        for key, layer in self.layers.items():
+            layer.load_state_dict(state["layers"][key])
+        for key, rest in self._rest.items():
+            rest.load_state_dict(state["rest"][key])
+
     def reduce(self, ranks: Ranks) -> None:
         """Add what the other ranks accumulated, also for layers that only they have met.
 
@@ -330,10 +349,11 @@ class EKFAC(_KroneckerEstimator):
     def _fit(self, run: Run) -> dict[str, Any]:
         parts = _Parts(run, self.weight_sharing, self.fallback)
         passes = ReplayedPasses(run, self.cache_budget)
-        run.accumulate(parts.update, passes.first)
-        parts.reduce(run.ranks)
-        set_eigenbases(parts.layers, run.n, run.ranks)
-        run.accumulate(parts.add_eigenvalues, passes.second)
+        statistics = {"parts": parts, "passes": passes}
+        if run.accumulate(statistics, parts.update, passes.first):
+            parts.reduce(run.ranks)
+            set_eigenbases(parts.layers, run.n, run.ranks)
+        run.accumulate(statistics, parts.add_eigenvalues, passes.second)
         for layer in parts.layers.values():
             layer.reduce_eigenvalues(run.ranks)
         layers = {name: layer.eigen_corrected(run.n) for name, layer in parts.layers.items()}
@@ -397,7 +417,7 @@ class KFAC(_KroneckerEstimator):
 
     def _fit(self, run: Run) -> dict[str, Any]:
         parts = _Parts(run, self.weight_sharing, self.fallback)
-        run.accumulate(parts.update)
+        run.accumulate({"parts": parts}, parts.update)
         parts.reduce(run.ranks)
         sides = set_eigenbases(parts.layers, run.n, run.ranks)
         layers = {name: layer.factored(*sides[name]) for name, layer in parts.layers.items()}
@@ -425,7 +445,7 @@ class Diagonal(FisherEstimator):
     def _fit(self, run: Run) -> dict[str, Any]:
         like = torch.empty(0, dtype=run.dtype, device=run.device)
         accumulator = DiagonalAccumulator(run.space.size, like)
-        run.accumulate(lambda gradients: accumulator.update(gradients.rows()))
+        run.accumulate({"": accumulator}, lambda batch: accumulator.update(batch.rows()))
         accumulator.reduce(run.ranks)
         operator = accumulator.result(run.n)
         return {

@@ -149,7 +149,7 @@ class Explicit(FisherEstimator):
             for block, accumulator in accumulators.items():
                 accumulator.update(rows.block(columns[block]))
 
-        run.accumulate(update)
+        run.accumulate(accumulators, update)
         for accumulator in accumulators.values():
             accumulator.reduce(run.ranks)
         operators = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -31,24 +32,33 @@ class ReplayedPasses:
         self._budget = budget
         self._kept: list[BatchGradients] = []
         self._scalars: list[Tensor] = []
-        self._states = RandomStates(loader_generators(run.data))
         if getattr(run.data, "persistent_workers", False):
-            with self._states:  # starting workers draws a number, so they start before any pass
+            with RandomStates(
+                loader_generators(run.data)
+            ):  # starting workers draws a number, so they start before any pass
                 iter(run.data)
 
-    def first(self) -> Iterator[BatchGradients]:
-        """Yield the gradients of every batch.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses of the first pass. What it kept is not in it."""
+        return {"scalars": self._scalars}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a pass of before, of which nothing is kept."""
+        self._scalars = state["scalars"]
+
+    def first(self, start: int = 0) -> Iterator[BatchGradients]:
+        """Yield the gradients of every batch, or of those from one on.
 
         Raises
         ------
         IFVPUsageError
             If the budget is exceeded by data that can be iterated over only once.
         """
-        used, full = 0, False
-        for i, gradients in enumerate(self._run.gradients()):
+        used, full = 0, start > 0
+        for i, gradients in enumerate(self._run.gradients(start), start):
+            self._scalars.append(gradients.scalars)
             yield gradients
             gradients = gradients.layers()
-            self._scalars.append(gradients.scalars)
             used += gradients.nbytes
             full = full or used > self._budget
             if not full:
@@ -60,19 +70,19 @@ class ReplayedPasses:
                     "passed over again; give a DataLoader or a list, or a larger cache_budget."
                 )
 
-    def second(self) -> Iterator[BatchGradients]:
-        """Yield the same gradients again, of groups that are Kronecker layers.
+    def second(self, start: int = 0) -> Iterator[BatchGradients]:
+        """Yield the same gradients again, from a batch on, of groups that are Kronecker layers.
 
         Raises
         ------
         IFVPUsageError
             If the data gives other batches than before, by the batch.
         """
-        yield from self._kept
+        yield from self._kept[start:]
         if len(self._kept) == len(self._scalars):
             return
-        self._states.restore()
-        i, n = len(self._kept), len(self._scalars)
+        self._run.states.restore()
+        i, n = max(start, len(self._kept)), len(self._scalars)
         for gradients in self._run.gradients(start=i):
             if i == n:
                 raise self._changed(f"there are more batches than {n}")

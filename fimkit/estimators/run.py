@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
+from fimkit.checksum import checksum
 from fimkit.data import (
     ModelData,
     OwnPositions,
@@ -24,6 +25,7 @@ from fimkit.data import (
 )
 from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import select_parameters
+from fimkit.estimators.checkpoint import Checkpoint
 from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
@@ -34,7 +36,8 @@ from fimkit.gradients import (
     unwrap,
 )
 from fimkit.gradients.sampling import ExampleUniforms
-from fimkit.gradients.tree import to_device
+from fimkit.gradients.tree import tensors, to_device
+from fimkit.replay import RandomStates, loader_generators
 from fimkit.vectors import ParameterSpace
 
 __all__ = ["Run"]
@@ -104,6 +107,11 @@ class Run:
         self.blocks: dict[str, int] | None = None
         self.sizes: list[int] = []
         self._total: int | None = None
+        self.checkpoint: Checkpoint | None = None
+        self._passes = self._resumed_pass = self._done = 0
+        self._now: RandomStates | None = None
+        self._checksums: list[str] = []
+        self._unread: dict[int, Tensor] = {}
         self._numbering = 0
         self._autocast = AmbientAutocast()
         self._made: GradientEngine | None = None
@@ -178,26 +186,94 @@ class Run:
 
     def accumulate(
         self,
+        statistics: Mapping[str, Any],
         update: Callable[[BatchGradients], None],
-        batches: Callable[[], Iterator[BatchGradients]] | None = None,
-    ) -> None:
+        batches: Callable[[int], Iterator[BatchGradients]] | None = None,
+    ) -> bool:
         """Pass over the data, all ranks at once, each over its own; what fails on one fails on all.
 
         Parameters
         ----------
+        statistics : mapping of str to object
+            What has to be kept for the fit to go on after an interruption, with ``state_dict`` and
+            ``load_state_dict``.
         update : callable
             Takes the gradients of each batch.
         batches : callable, optional
-            Gives them; `gradients` when not given.
+            Gives them, from a batch on; `gradients` when not given.
+
+        Returns
+        -------
+        passed : bool
+            False where an interrupted fit had ended this pass, and the statistics are those of a
+            later one.
         """
-        with self.ranks.together():
-            for gradients in (batches or self.gradients)():
-                update(gradients)
+        if not self._passes:
+            self.states = RandomStates(loader_generators(self.data))
+            state = None if self.checkpoint is None else self.checkpoint.read()
+            with self.ranks.together():
+                if state is not None:
+                    self._resume(state, statistics)
+            seeds = self.ranks.gather(self.settings.seed if state is not None else None)
+            seed = next((seed for seed in seeds if seed is not None), self.settings.seed)
+            self.settings = replace(self.settings, seed=seed)
+        passed = self._passes >= self._resumed_pass
+        if passed:
+            if self.checkpoint is not None and self._passes:
+                with self.ranks.together():
+                    self._write(self._done, statistics)
+                self.checkpoint.forget(self._passes - 1)
+            with self.ranks.together():
+                self._pass(statistics, update, batches or self.gradients)
+        self._passes += 1
         told = self.ranks.gather((sum(self.sizes), self.engine.coverage))
         self._total = sum(n for n, _ in told)
         for _, coverage in reversed(told):
             seen = {name: how for name, how in coverage.items() if how != UNSEEN}
             self.engine.coverage.update(seen)
+        return passed
+
+    def _pass(
+        self,
+        statistics: Mapping[str, Any],
+        update: Callable[[BatchGradients], None],
+        batches: Callable[[int], Iterator[BatchGradients]],
+    ) -> None:
+        """Make one pass, from where an interrupted one ended, and write checkpoints."""
+        done, self._done = self._done, 0
+        for gradients in batches(done):
+            update(gradients)
+            done += 1
+            if self.checkpoint is not None and done % self.checkpoint.every == 0:
+                self._write(done, statistics)
+
+    def _write(self, done: int, statistics: Mapping[str, Any]) -> None:
+        assert self.checkpoint is not None
+        self._refuse_infinite()
+        state = {
+            "pass": self._passes,
+            "done": done,
+            "seed": self.settings.seed,
+            "sizes": self.sizes,
+            "checksums": self._checksums,
+            "engine": self.engine.state_dict(),
+            "began": self.states.state_dict(),
+            "now": RandomStates(loader_generators(self.data)).state_dict(),
+            "statistics": {name: each.state_dict() for name, each in statistics.items()},
+        }
+        self.checkpoint.write(state)
+
+    def _resume(self, state: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
+        self._resumed_pass, self._done = state["pass"], state["done"]
+        self.settings = replace(self.settings, seed=state["seed"])
+        self.sizes, self._checksums = state["sizes"], state["checksums"]
+        self.engine.load_state_dict(state["engine"])
+        self.states.load_state_dict(state["began"])
+        self._now = RandomStates(loader_generators(self.data))
+        self._now.load_state_dict(state["now"])
+        for name, each in statistics.items():
+            each.load_state_dict(state["statistics"][name])
+        self.states.restore()
 
     def gradients(self, start: int = 0) -> Iterator[BatchGradients]:
         """Yield the per-example gradients of every batch.
@@ -213,11 +289,16 @@ class Run:
             If there is no batch, or a batch gives numbers that are not finite.
         """
         batches = indexed_batches(self.data, indexed=self.settings.objective.fisher == "mc")
-        unread: dict[int, Tensor] = {}
+        numbered = enumerate(batches)
+        for i, (_, batch) in islice(numbered, start):
+            self._check_again(i, batch)
+        if self._now is not None and not self._passes:
+            self._now.restore()
+            self._now = None
         before = sum(self.sizes[:start])
         silent = not self.settings.verbose or self.ranks.rank > 0
         progress = tqdm(
-            islice(enumerate(batches), start, None),
+            numbered,
             "batches",
             _length(self.data),
             initial=start,
@@ -225,6 +306,8 @@ class Run:
             leave=False,
         )
         for i, (indices, batch) in progress:
+            if self.checkpoint is not None:
+                self._check_again(i, batch)
             uniforms = ExampleUniforms(
                 self.settings.seed, before if indices is None else indices, self._numbering
             )
@@ -238,17 +321,33 @@ class Run:
             before += gradients.n
             if i == len(self.sizes):
                 self.sizes.append(gradients.n)
-            unread[i] = gradients.is_finite()
-            if unread[i].device.type == "cpu":  # elsewhere, waiting for the answer takes time
-                _refuse_infinite(unread)
-                unread.clear()
+            self._unread[i] = gradients.is_finite()
+            if self._unread[i].device.type == "cpu":  # elsewhere, waiting for the answer takes time
+                self._refuse_infinite()
             yield gradients
         if not self.sizes:
             raise IFVPUsageError(
                 "the data has no batches; give at least one example (an iterator that was "
                 "iterated over before is empty: give a list or a DataLoader)."
             )
-        _refuse_infinite(unread)
+        self._refuse_infinite()
+
+    def _check_again(self, i: int, batch: Any) -> None:
+        """Keep the checksum of a batch, or compare it with that of the same batch before."""
+        if self.checkpoint is None:
+            return
+        found = " ".join(checksum(tensor) for tensor in tensors(batch))
+        if i == len(self._checksums):
+            self._checksums.append(found)
+        elif self._checksums[i] != found:
+            raise IFVPUsageError(
+                f"batch {i} holds other examples than when the checkpoint was written; give the "
+                "same data in the same order, or another folder to begin anew."
+            )
+
+    def _refuse_infinite(self) -> None:
+        _refuse_infinite(self._unread)
+        self._unread.clear()
 
 
 def _length(data: Any) -> int | None:

@@ -118,6 +118,19 @@ class GradientEngine:
         self._layouts: dict[Any, list[BatchLayout | None]] = {}
         self.coverage = dict.fromkeys(space.shapes, UNSEEN)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been found out about the parameters, besides what every run finds."""
+        groups = None if self._groups is None else [(g.weight, g.bias) for g in self._groups]
+        fallback = sorted(self._fallback_names)
+        return {"groups": groups, "fallback": fallback, "coverage": self.coverage}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what was found out before."""
+        groups = state["groups"]
+        self._groups = None if groups is None else [Group(*names) for names in groups]
+        self._fallback_names = set(state["fallback"])
+        self.coverage.update(state["coverage"])
+
     def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
         """Return the per-example gradients of a batch.
 

@@ -8,12 +8,13 @@ from fimkit.statistics.kronecker import (
     layer_statistics,
     set_eigenbases,
 )
-from fimkit.statistics.rows import RowAccumulator
+from fimkit.statistics.rows import GrowingList, RowAccumulator
 from fimkit.statistics.storage import RowFolder, StoredRowAccumulator
 
 __all__ = [
     "DiagonalAccumulator",
     "FisherAccumulator",
+    "GrowingList",
     "LayerStatistics",
     "RowAccumulator",
     "RowFolder",
