@@ -33,9 +33,8 @@ class ReplayedPasses:
         self._kept: list[BatchGradients] = []
         self._scalars: list[Tensor] = []
         if getattr(run.data, "persistent_workers", False):
-            with RandomStates(
-                loader_generators(run.data)
-            ):  # starting workers draws a number, so they start before any pass
+            # Starting workers draws a number, so they start before any pass.
+            with RandomStates(loader_generators(run.data)):
                 iter(run.data)
 
     def state_dict(self) -> dict[str, Any]:
