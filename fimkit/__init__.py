@@ -3,7 +3,7 @@
 from fimkit import functional, influence, losses
 from fimkit.data import ModelData
 from fimkit.estimators import EKFAC, KFAC, DataInf, Diagonal, Explicit, RegularizationCV, load
-from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.exceptions import IFVPUsageError, RankError, SingularFisherError
 
 __all__ = [
     "EKFAC",
@@ -13,6 +13,7 @@ __all__ = [
     "Explicit",
     "IFVPUsageError",
     "ModelData",
+    "RankError",
     "RegularizationCV",
     "SingularFisherError",
     "functional",

@@ -67,7 +67,8 @@ class DataInf(FisherEstimator):
     fisher_ : Operator
         ``solve(v, damping)`` multiplies ``(k, p)`` tensors by M with λ = ``damping``;
         ``matmul``, ``diagonal``, ``trace``, ``logdet`` and ``to_dense`` are those of its inverse,
-        and take λ, too.
+        and take λ, too. In a process group rows stay on their ranks, and all ranks call it (and
+        `transform`, the scores and `save`) together, with the same vectors.
     n_features_in_, n_samples_seen_, parameter_names_, parameter_shapes_, coverage_, device_, dtype_
         As for `Explicit`.
     regularization_ : float or dict

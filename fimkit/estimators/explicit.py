@@ -68,7 +68,9 @@ class Explicit(FisherEstimator):
     ----------
     fisher_ : Operator
         The undamped F: ``matmul``, ``solve(v, damping)``, ``diagonal``, ``trace``,
-        ``logdet(damping)``, ``to_dense`` on ``(k, p)`` tensors.
+        ``logdet(damping)``, ``to_dense`` on ``(k, p)`` tensors. In a process group the rows of the
+        dual form stay on their ranks, and all ranks call it (and `transform`, the scores and
+        `save`) together, with the same vectors.
     n_features_in_ : int
         Number of parameters p.
     n_samples_seen_ : int
