@@ -529,6 +529,21 @@ def test_padding_changes_nothing(method, where, fisher, tied, sharing):
             assert difference(operator.to_dense(), same) <= 1e-9, name
 
 
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 5)])
+def test_a_mask_that_fits_no_layer_is_told(method, shape):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(6, 4, 3), torch.arange(6) % 2
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]).sum(1), batch["y"], reduction="none")
+
+    batch = {"x": x, "y": y, "attention_mask": torch.ones(6, 4)}
+    method(loss=loss).fit(model, [batch])
+    with pytest.warns(UserWarning, match="no Kronecker layer has positions of its shape"):
+        method(loss=loss).fit(model, [batch | {"attention_mask": torch.ones(shape)}])
+
+
 def some_positions(n, length):
     """Return a mask that keeps a part of all positions, at least one of each example."""
     mask = torch.rand(n, length, generator=torch.Generator().manual_seed(4)) < 0.6
