@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from numbers import Integral
 from typing import Any
@@ -79,6 +81,7 @@ class _KroneckerEstimator(FisherEstimator):
         self, run: Run, parts: _Parts, layers: dict[str, EigenKroneckerOperator]
     ) -> dict[str, Any]:
         """Return the fitted attributes, given the operators of the Kronecker layers."""
+        parts.warn_of_unused_mask()
         blocks: dict[str, tuple[Columns, Operator]] = {}
         coverage = dict(run.engine.coverage)
         for key, (columns, members) in parts.groups.items():
@@ -119,6 +122,8 @@ class _Parts:
         self._solver: Solver = "auto" if run.ranks.alone else "primal"
         self._weight_sharing: WeightSharing = weight_sharing
         self._fallback = fallback
+        self._masked = False
+        self._mask_met = False
 
     def update(self, gradients: BatchGradients) -> None:
         """Add one batch."""
@@ -133,6 +138,7 @@ class _Parts:
                 if key in self._rest:
                     outside += group.group.names
             self._add(group, gradients)
+        self._look_for_mask(gradients)
         if outside and self._fallback == "raise":
             raise IFVPUsageError(
                 f"{', '.join(map(repr, outside))} are in no layer that can be Kronecker-factored; "
@@ -151,6 +157,7 @@ class _Parts:
         return {
             "groups": self.groups,
             "forms": self._forms,
+            "masks": (self._masked, self._mask_met),
             "layers": {key: layer.state_dict() for key, layer in self.layers.items()},
             "rest": {key: rest.state_dict() for key, rest in self._rest.items()},
         }
@@ -158,6 +165,7 @@ class _Parts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what was accumulated before."""
         self.groups = state["groups"]
+        self._masked, self._mask_met = state["masks"]
         for key, form in state["forms"].items():
             self._begin(key, *form)
         for key, layer in self.layers.items():
@@ -173,6 +181,8 @@ class _Parts:
         IFVPUsageError
             On all ranks, if they divide parameters into layers in different ways.
         """
+        masks = ranks.gather((self._masked, self._mask_met))
+        self._masked, self._mask_met = (any(told) for told in zip(*masks, strict=True))
         known: dict[str, tuple[Any, ...]] = {}
         for rank, theirs in enumerate(ranks.gather((self.groups, self._forms))):
             for key, place in theirs[0].items():
@@ -196,6 +206,28 @@ class _Parts:
         for key in known:
             if key in self._rest:
                 self._rest[key].reduce(ranks)
+
+    def warn_of_unused_mask(self) -> None:
+        """Warn if no layer had positions of the masks' shape."""
+        if self._masked and not self._mask_met:
+            warnings.warn(
+                "a padding mask was given, and no Kronecker layer has positions of its shape "
+                "(examples, positions): padding counts in the factors of all layers.",
+                UserWarning,
+                stacklevel=5,  # fit, _fit, _finish, here
+            )
+
+    def _look_for_mask(self, gradients: BatchGradients) -> None:
+        mask = gradients.mask
+        if mask is None or mask.shape[1] == 1 or self._mask_met:
+            return
+        self._masked = True
+        self._mask_met = any(
+            math.prod(call.use.lead) == mask.numel()
+            for group in gradients.groups
+            if group.key in self.layers
+            for call in group.calls
+        )
 
     def rest(self, key: str, n: int) -> tuple[Operator, str]:
         """Return the operator of parameters outside Kronecker layers, and how it is called."""
