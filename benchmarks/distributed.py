@@ -1,6 +1,6 @@
 """Time of an EK-FAC fit on one rank and on two, one thread each, over gloo on this machine.
 
-The model is 784-1024-1024-10 in float32 and n = 8,192 examples, half of them on each of two ranks;
+The model is 784-1024-1024-10 in float32 and n = 16,384 examples, half of them on each of two ranks;
 the time is that of the slower rank, from a barrier on. Ranks and a single process take turns. The
 relative difference of the products with the damped inverse is printed too.
 
@@ -56,7 +56,7 @@ def run(size, n):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=8192)
+    parser.add_argument("--n", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
