@@ -14,6 +14,7 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
+from fimkit.operators.memory import float32_is_exact
 
 __all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
 
@@ -256,7 +257,7 @@ def same_scalars(one: Tensor, other: Tensor) -> bool:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and not float32_is_exact():
         return _COARSE_TOLERANCE
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 
