@@ -434,11 +434,10 @@ def _ifvps(estimator: FisherEstimator, queries: ModelData, measurement: Any) -> 
         dtype=_precision(estimator),
         device=estimator.device_,
     )
-    start = 0
+    damping, start = _damping(estimator), 0
     for rows in estimator.gradients(queries, measurement=measurement):
-        for part in rows.dense_parts(out.dtype):
-            out[start : start + len(part)] = estimator.transform(part)
-            start += len(part)
+        out[start : start + rows.n] = estimator.fisher_.solve_rows(rows, damping, out.dtype)
+        start += rows.n
     return out
 
 
@@ -460,10 +459,14 @@ def _part_scores(rows: RowMatrix, ifvps: Tensor, places: Sequence[Columns]) -> T
 
 def _own_scale(estimator: FisherEstimator, rows: RowMatrix) -> Tensor:
     """Return the roots of the rows' self-influence, infinite where it is zero, shape ``(n,)``."""
-    damping = estimator.regularization_
-    values = list(damping.values()) if isinstance(damping, dict) else damping
-    own = estimator.fisher_.inverse_quadratic(rows, values).double()
+    own = estimator.fisher_.inverse_quadratic(rows, _damping(estimator)).double()
     return torch.where(own > 0, own.sqrt(), torch.inf)
+
+
+def _damping(estimator: FisherEstimator) -> Any:
+    """Return λ as operators take it: one number, or one per block in order."""
+    damping = estimator.regularization_
+    return list(damping.values()) if isinstance(damping, dict) else damping
 
 
 def _highest(indices: npt.NDArray[np.intp], scores: Scores, k: int) -> TopK:
