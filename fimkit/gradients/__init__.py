@@ -1,7 +1,7 @@
 """Per-example gradients: from a model and a batch to factored rows."""
 
 from fimkit.gradients.engine import GradientEngine
-from fimkit.gradients.groups import BatchGradients, GroupGradients
+from fimkit.gradients.groups import BatchGradients, GroupGradients, TokenGradients
 from fimkit.gradients.modes import (
     AmbientAutocast,
     EvaluationTurns,
@@ -19,6 +19,7 @@ __all__ = [
     "GradientEngine",
     "GroupGradients",
     "Objective",
+    "TokenGradients",
     "differentiating",
     "evaluating",
     "unwrap",

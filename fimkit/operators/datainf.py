@@ -163,6 +163,12 @@ class DataInfOperator(Operator):
         precise: Tensor = (given >= least) & (left * damping >= _LEFT * given) & left.isfinite()
         return ~precise
 
+    def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
+        """Return ``M v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
+        products = self._along(self.rows.products(rows, self._norms.dtype, self.device).T)
+        coefficients = products * self._shrinkage(damping)
+        return rows.less(self._combine, coefficients, dtype).div_(damping)
+
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ M v`` for each vector, or each row, shape ``(k,)``."""
         return self.quadratics(vectors, [damping])[0]
