@@ -42,7 +42,10 @@ _DEPENDENT = (
 
 @dataclass
 class _Pass:
-    """One forward pass: the scalars, by column and stacked, and what was captured on the way."""
+    """One forward pass: the scalars, by column and stacked, and what was captured on the way.
+
+    The precision is the coarsest dtype that it computed in.
+    """
 
     batch: Any
     labels: list[Any]
@@ -52,6 +55,7 @@ class _Pass:
     mask: Tensor | None
     uses: list[Use]
     graph: frozenset[tuple[Any, int]]
+    precision: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -171,7 +175,9 @@ class GradientEngine:
         else:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
-        return _Pass(batch, labels, columns, scalars, weights, mask, capture.uses, graph)
+        precision = max(capture.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        uses = capture.uses
+        return _Pass(batch, labels, columns, scalars, weights, mask, uses, graph, precision)
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -189,14 +195,14 @@ class GradientEngine:
     ) -> bool:
         """Whether layouts that were found in another batch are those of this one."""
         calls = [(item.use, item.signals, item.layout) for item in _locate(run, signals, layouts)]
-        return still_fit(run.scalars, calls, self._autocast.precision)
+        return still_fit(run.scalars, calls, run.precision)
 
     def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[BatchLayout | None]:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
         """
-        check = RandomSum(run.scalars, run.uses, self._parameters, self._autocast.precision)
+        check = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
         check.refuse_infinite()
         layouts = [
             check.find(i, use, signal)
@@ -272,7 +278,7 @@ class GradientEngine:
         for i in (0, run.shape[0] - 1):
             own = run.scalars[i : i + 1]
             alone = self._fallback.alone(i, run.batch, run.labels, run.shape[0])
-            if not any(scalars is None or same_scalars(scalars, own) for scalars in alone):
+            if not any(s is None or same_scalars(s, own, run.precision) for s in alone):
                 raise IFVPUsageError(
                     f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
                     "the dependence."
