@@ -2,13 +2,10 @@
 
 import copy
 import gc
-import os
 import weakref
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -295,24 +292,6 @@ def test_data_parallel():
         fitted = Explicit().fit(wrapped, [data()])
     assert fitted.parameter_names_ == [name for name, _ in model.named_parameters()]
     assert exact(fitted, model, data())
-
-
-@pytest.fixture
-def process_group(tmp_path, monkeypatch):
-    """A group of this process alone."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("torch has no gloo backend")
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=(tmp_path / "store").as_uri(),
-        rank=0,
-        world_size=1,
-        timeout=timedelta(seconds=20),
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
