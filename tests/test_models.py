@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fimkit import EKFAC
-from tests import exactness, reference
+from fimkit import EKFAC, IFVPUsageError
+from fimkit.estimators.ekfac import KFAC
+from tests import dense, exactness, reference
 from tests.cases import Apply, Attention, Case, images, sequences
 
 N = 11
@@ -111,3 +112,20 @@ def test_an_expert_without_tokens_has_no_information():
     fitted = EKFAC().fit(case.model(), case.batches(4, n=N))
     for kind in ("weight", "bias"):
         assert fitted.coverage_[f"experts.3.{kind}"] == "zero: no gradient seen"
+
+
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_experts_are_the_same_parts_at_any_batch_size(method, kind):
+    """Of one example alone an expert is a layer, of several it is none."""
+    case = MODELS[1]
+    expected = method().fit(case.model(), case.batches(4, n=N))
+    alone = kind(case.batches(1, 4, n=N))
+    if kind is iter:
+        with pytest.raises(IFVPUsageError, match="an iterator, cannot be passed over again"):
+            method().fit(case.model(), alone)
+        return
+    fitted = method().fit(case.model(), alone)
+    assert fitted.n_samples_seen_ == N
+    assert fitted.coverage_ == expected.coverage_
+    assert dense.distance(fitted.fisher_.to_dense(), expected.fisher_.to_dense()) <= 1e-9

@@ -150,6 +150,11 @@ class GradientEngine:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
 
+    def regroup(self) -> None:
+        """Pair weights and biases anew in the next batch, without those that fell back so far."""
+        self._groups = None
+        self._layouts.clear()
+
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         versions = [tensor._version for tensor in tensors(batch)]
         with self._autocast.restored(), Capture(self._parameters) as capture:
