@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fimkit.gradients.rules import ENTERED, RULES, ParameterIndex, Use
+from fimkit.gradients.steady import is_steady
 
 __all__ = ["Capture"]
 
@@ -35,6 +36,8 @@ class Capture(TorchFunctionMode):
     dtypes : set of torch.dtype
         What was computed in, of all that carries gradient: casts of the model's own (norms in
         float32, as many language models have them) and autocasting show here.
+    steady : bool
+        Whether no call seen can move examples as the numbers in the batch say.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -42,6 +45,7 @@ class Capture(TorchFunctionMode):
         self.uses: list[Use] = []
         self.detached: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
+        self.steady = True
         self._index = ParameterIndex(parameters)
 
     def __torch_function__(
@@ -55,6 +59,7 @@ class Capture(TorchFunctionMode):
         if func in ENTERED:
             with self:
                 return ENTERED[func](*args, **kwargs)
+        self.steady = self.steady and is_steady(func, args, kwargs)
         rule = RULES.get(func)
         use = None if rule is None else rule.match(self._index, *args, **kwargs)
         output = func(*args, **kwargs)
