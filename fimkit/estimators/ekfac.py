@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any
 
@@ -114,8 +115,15 @@ class _Parts:
         self._masked = False
         self._mask_met = False
 
-    def update(self, gradients: BatchGradients) -> None:
-        """Add one batch."""
+    def update(self, gradients: BatchGradients) -> bool:
+        """Add one batch; return whether all earlier ones had the same layers.
+
+        Where not, the engine gives what is no layer any more as rows from now on, so that another
+        pass over all batches has the same parts throughout.
+        """
+        met = [group for group in gradients.groups if group.given is not None]
+        if any(group.key in self.layers for group in met):
+            return False
         outside: list[str] = []
         for group in gradients.groups:
             key = group.key
@@ -138,6 +146,7 @@ class _Parts:
                 "leave them out with parameters=, or use fallback='auto' for their exact block "
                 "or diagonal."
             )
+        return True
 
     def warn_of_unused_mask(self) -> None:
         """Warn if no layer had positions of the masks' shape."""
@@ -188,6 +197,29 @@ class _Parts:
         if size <= _DENSE_BLOCK:
             return FisherAccumulator(size, self._like.device)
         return DiagonalAccumulator(size, self._like)
+
+
+def _whole_pass(
+    run: Run,
+    batches: Callable[[], Iterator[BatchGradients]],
+    weight_sharing: WeightSharing,
+    fallback: str,
+) -> _Parts:
+    """Return the parts of a pass over all batches, begun again where a layer is seen to be none.
+
+    An expert's tokens may lie by examples in one batch, as of one example alone, and not in others.
+    """
+    while True:
+        parts = _Parts(run, weight_sharing, fallback)
+        if all(parts.update(gradients) for gradients in batches()):
+            return parts
+        if isinstance(run.data, Iterator):
+            raise IFVPUsageError(
+                "a layer's calls have the examples apart in some batches and not in others (an "
+                "expert's tokens, say), and the data, an iterator, cannot be passed over again to "
+                "treat them alike; give a DataLoader or a list."
+            )
+        run.engine.regroup()
 
 
 class EKFAC(_KroneckerEstimator):
@@ -296,10 +328,8 @@ class EKFAC(_KroneckerEstimator):
         self.cache_budget = cache_budget
 
     def _fit(self, run: Run) -> dict[str, Any]:
-        parts = _Parts(run, self.weight_sharing, self.fallback)
         passes = ReplayedPasses(run, self.cache_budget)
-        for gradients in passes.first():
-            parts.update(gradients)
+        parts = _whole_pass(run, passes.first, self.weight_sharing, self.fallback)
         set_eigenbases(parts.layers, run.n)
         for gradients in passes.second():
             for group in gradients.groups:
@@ -365,9 +395,7 @@ class KFAC(_KroneckerEstimator):
         self.fallback = fallback
 
     def _fit(self, run: Run) -> dict[str, Any]:
-        parts = _Parts(run, self.weight_sharing, self.fallback)
-        for gradients in run.gradients():
-            parts.update(gradients)
+        parts = _whole_pass(run, run.gradients, self.weight_sharing, self.fallback)
         sides = set_eigenbases(parts.layers, run.n)
         layers = {name: layer.factored(*sides[name]) for name, layer in parts.layers.items()}
         return self._finish(run, parts, layers)

@@ -37,13 +37,17 @@ class ReplayedPasses:
                 iter(run.data)
 
     def first(self) -> Iterator[BatchGradients]:
-        """Yield the gradients of every batch.
+        """Yield the gradients of every batch, from the start each time.
 
         Raises
         ------
         IFVPUsageError
             If the budget is exceeded by data that can be iterated over only once.
         """
+        if self._scalars:
+            self._states.restore()
+            self._kept.clear()
+            self._scalars.clear()
         used, full = 0, False
         for i, gradients in enumerate(self._run.gradients()):
             yield gradients
