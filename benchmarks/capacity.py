@@ -163,7 +163,8 @@ def rows_bytes(method, setting):
     """The same of DataInf and of the dual: gradients, results, chunks, and n × n matrices."""
     results = setting.k * setting.sum(lambda layer: layer.size) * setting.item
     square = 8 * setting.n**2 if method == "dual" else 0
-    return row_bytes(setting) + results + 3 * CHUNK + 2 * square
+    rows = row_bytes(setting)
+    return rows + results + 3 * min(CHUNK, 2 * (rows + results)) + 2 * square
 
 
 # -- beside measurements -------------------------------------------------------------------------
@@ -314,9 +315,9 @@ def extrapolation_text(rows):
     """Return the extrapolated numbers as Markdown."""
     stages = ["pass", "factors", "exchange", "eigh", "eigenvalues", "use"]
     times = [
-        [row["name"], *(seconds(row["seconds"][s]) for s in stages)]
-        + [seconds(sum(row["seconds"].values()))]
+        [row["name"], *(seconds(row["seconds"][s]) for s in stages), seconds(whole)]
         for row in rows
+        for whole in [sum(row["seconds"].values())]
     ]
     sizes = ["model", "statistics", "eigh", "replicated", "divided", "vectors", "rows"]
     header = ["GiB", "model", "A, S, Λ", "eigh", "each, replicated", "each, divided"]

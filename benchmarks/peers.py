@@ -9,9 +9,9 @@ curvlinops   ``EKFACLinearOperator(..., separate_weight_and_bias=False)``, told 
              ``KFACInverseLinearOperator(..., use_exact_damping=True) @ V``. It takes models with
              one output per example.
 nngeometry   ``FIM(...)`` of the log-probability of the true label, whose gradients are those of the
-             empirical Fisher: with ``PMatEKFAC``, ``update_diag`` and one ``solve`` per vector; with
-             ``PMatDense``, ``solve`` of all vectors as one ``PFMapDense``, its batched route. Its
-             Linear takes one position per example only.
+             empirical Fisher: with ``PMatEKFAC``, ``update_diag`` and one ``solve`` per vector;
+             with ``PMatDense``, ``solve`` of all vectors as one ``PFMapDense``, its batched route.
+             Its Linear takes one position per example only.
 kronfluence  ``Analyzer.fit_all_factors`` with ``use_empirical_fisher=True``, which writes every
              factor to a folder. It multiplies no given vectors, so these go through what it does to
              query gradients: ``prepare`` and ``precondition_gradient`` of its EKFAC strategy.

@@ -21,6 +21,8 @@ from benchmarks.common import turns
 
 # Seconds of a first run that make it the only one.
 SLOW = 10.0
+# Seconds in which a process must have made its problem.
+START = 600.0
 FLOOR = "floor"
 
 
@@ -36,7 +38,7 @@ class Worker:
     """A process of `benchmarks.worker`."""
 
     def __init__(self, case, library, sizes, threads, *, quick=False):
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - stop closes it
         arguments = (case, library, json.dumps(sizes), str(threads), "quick" if quick else "full")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments],
@@ -49,7 +51,7 @@ class Worker:
         )
 
     def ask(self, limit, **order):
-        """Send an order, and return the reply to it."""
+        """Send an order, and return the reply to it; without a limit, however long it takes."""
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
@@ -110,11 +112,11 @@ def run_case(case, libraries, *, sizes, repeats, threads, limit, say=print):
     try:
         for name in list(workers):
             try:
-                reply = workers[name].reply(limit)
+                reply = workers[name].reply(START)
             except (OverLimit, Failed) as error:
                 if name == FLOOR:
                     raise
-                give_up(rows[name], workers.pop(name), error, limit)
+                give_up(rows[name], workers.pop(name), error, START)
                 continue
             if name == FLOOR:
                 found.update(reply)
@@ -125,7 +127,7 @@ def run_case(case, libraries, *, sizes, repeats, threads, limit, say=print):
                 continue
             start = time.perf_counter()
             try:
-                reply = workers[name].ask(limit, do="run")
+                reply = workers[name].ask(None if name == FLOOR else limit, do="run")
             except (OverLimit, Failed) as error:
                 if name == FLOOR:
                     raise
@@ -143,8 +145,8 @@ def run_case(case, libraries, *, sizes, repeats, threads, limit, say=print):
                 say(f"  {name}: {seconds:.2f} s, cold")
             if round_ or row["slow"]:
                 row["runs"].append(reply)
-        if case.reference is not None:
-            compare(workers, rows, limit)
+        if case.reference is not None and len(workers) > 1:
+            compare(workers, rows)
     finally:
         for worker in workers.values():
             worker.stop()
@@ -163,22 +165,22 @@ def give_up(row, worker, error, limit):
         worker.stop()
 
 
-def compare(workers, rows, limit):
+def compare(workers, rows):
     """Add every library's errors against the reference."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "reference.pt")
-        workers[FLOOR].ask(10 * limit, do="reference", path=path)
+        workers[FLOOR].ask(None, do="reference", path=path)
         for name, worker in workers.items():
             if name != FLOOR:
-                rows[name]["errors"] = worker.ask(limit, do="errors", path=path)
+                rows[name]["errors"] = worker.ask(None, do="errors", path=path)
 
 
-def run_curve(case, index, *, quick, threads, limit):
+def run_curve(case, index, *, quick, threads):
     """Measure one growth curve, in a process of its own."""
     worker = Worker(case.name, "curve", {}, threads, quick=quick)
     try:
-        worker.reply(limit)
-        found = worker.ask(10 * limit, do="curve", index=index)
+        worker.reply(START)
+        found = worker.ask(None, do="curve", index=index)
     finally:
         worker.stop()
     wanted = case.curves[index]
