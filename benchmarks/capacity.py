@@ -302,7 +302,7 @@ def extrapolate():
                 "divided": (2 * weights + statistics) / DEVICES + eigh_bytes(setting, 1) + CACHE,
                 "adapters": adapters.sum(lambda layer: layer.size),
                 "rows": row_bytes(adapters),
-                "vectors": 4 * weights,
+                "vectors": 4 * setting.sum(lambda layer: layer.size),
             }
         )
     return rows
