@@ -529,6 +529,21 @@ def test_padding_changes_nothing(method, where, fisher, tied, sharing):
             assert difference(operator.to_dense(), same) <= 1e-9, name
 
 
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 5)])
+def test_a_mask_that_fits_no_layer_is_told(method, shape):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(6, 4, 3), torch.arange(6) % 2
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]).sum(1), batch["y"], reduction="none")
+
+    batch = {"x": x, "y": y, "attention_mask": torch.ones(6, 4)}
+    method(loss=loss).fit(model, [batch])
+    with pytest.warns(UserWarning, match="no Kronecker layer has positions of its shape"):
+        method(loss=loss).fit(model, [batch | {"attention_mask": torch.ones(shape)}])
+
+
 def some_positions(n, length):
     """Return a mask that keeps a part of all positions, at least one of each example."""
     mask = torch.rand(n, length, generator=torch.Generator().manual_seed(4)) < 0.6
@@ -1150,3 +1165,19 @@ def test_overflow_outside_layers_is_refused_by_name(method):
     x = torch.randn(5, 2000)
     with pytest.raises(IFVPUsageError, match=r"the Fisher of block '.*' is not finite.*float64"):
         method(loss=loss).fit(nn.LayerNorm(2000), [(x, x)])
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_many_small_batches_are_one_large_one(fisher):
+    """Rows are gathered for larger products, some of them more than once in a pass."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2500, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (2500,), generator=generator)
+    whole, few = (
+        EKFAC(fisher=fisher).fit(model, split((x, y), 2500, size)) for size in (2500, 300)
+    )
+    trace = Explicit(fisher=fisher).fit(model, [(x, y)]).fisher_.trace()
+    assert few.fisher_.trace() == pytest.approx(trace, rel=1e-10)
+    for name, eigenvalues in whole.eigenvalues_.items():
+        torch.testing.assert_close(few.eigenvalues_[name], eigenvalues, rtol=1e-9, atol=0)

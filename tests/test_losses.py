@@ -178,6 +178,20 @@ def test_callable_with_a_mask():
     assert distance(fitted, model, reference.negative_log_likelihood, (x, y)) <= 1e-12
 
 
+@pytest.mark.parametrize("pair", [lambda losses, mask: (losses, None), lambda *both: [*both]])
+def test_callable_with_a_mask_or_none_in_any_sequence(pair):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.randn(N, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = x, torch.arange(N) % 3
+
+    def loss(model, batch):
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return pair(losses, torch.ones(len(losses), 1))
+
+    fitted = Explicit(loss=loss).fit(model, [batch]).fisher_.to_dense()
+    torch.testing.assert_close(fitted, Explicit().fit(model, [batch]).fisher_.to_dense())
+
+
 def test_callable_that_calls_parts_of_the_model():
     """A loss may run the model twice, or reach into it; all that it uses is seen."""
 

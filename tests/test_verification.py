@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fimkit import Explicit, IFVPUsageError
+from fimkit.gradients import engine
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.rules.linear import LinearUse
@@ -366,6 +367,50 @@ def test_places_that_change_from_batch_to_batch(forward, solver):
     batches = split(batch, 6, 3)
     for order in (batches, batches[::-1]):
         assert distance(Explicit(solver=solver).fit(model, order), rows) <= 1e-12
+
+
+def test_places_are_not_looked_at_again_where_no_number_can_move_them(monkeypatch):
+    """Pointwise functions, pooling and maps by parameters leave every example where it is."""
+
+    def looked(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(engine, "still_fit", looked)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten()
+    )
+    model.extend([nn.Linear(12, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 3)])
+    x, y = torch.randn(12, 2, 6, 6), torch.arange(12) % 3
+    Explicit().fit(model, split((x, y), 12, 4))
+    with pytest.raises(AssertionError):
+        Explicit().fit(Apply(lambda _, x: model(x.flip(0)).flip(0), model=model), [(x, y)] * 2)
+
+
+def test_places_guessed_without_gradients_are_looked_at_again():
+    """As many positions as examples, positions first, and a first batch without any gradient."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100)  # nothing passes ...
+    x = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        x[:, 4:] += 40 * model[0].weight.sign().sum(0)  # ... but for the later examples
+        x[:, 4:] += 200 * model[0].weight[0]
+    y = torch.arange(8) % 3
+
+    def loss(model, batch):
+        inputs, targets = batch
+        return F.cross_entropy(model(inputs).sum(0), targets, reduction="none")
+
+    def example_loss(model, example):
+        inputs, targets = example
+        return -model(inputs).sum(1)[0].log_softmax(0)[targets[0]]
+
+    rows = reference.gradients(model, example_loss, (x.transpose(0, 1).contiguous(), y), 8)
+    first = slice(0, model[0].weight.numel())
+    assert not rows[:4, first].any()
+    assert rows[4:, first].any()
+    fitted = Explicit(loss=loss).fit(model, [(x[:, :4], y[:4]), (x[:, 4:], y[4:])])
+    assert distance(fitted, rows) <= 1e-12
 
 
 def test_memory_that_the_model_works_in():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from numbers import Integral
 from typing import Any
 
@@ -70,6 +72,7 @@ class _KroneckerEstimator(FisherEstimator):
         self, run: Run, parts: _Parts, layers: dict[str, EigenKroneckerOperator]
     ) -> dict[str, Any]:
         """Return the fitted attributes, given the operators of the Kronecker layers."""
+        parts.warn_of_unused_mask()
         blocks: dict[str, tuple[Columns, Operator]] = {}
         coverage = dict(run.engine.coverage)
         for key, (columns, members) in parts.groups.items():
@@ -108,6 +111,8 @@ class _Parts:
         self._like = torch.empty(0, dtype=run.dtype, device=run.device)
         self._weight_sharing: WeightSharing = weight_sharing
         self._fallback = fallback
+        self._masked = False
+        self._mask_met = False
 
     def update(self, gradients: BatchGradients) -> None:
         """Add one batch."""
@@ -126,12 +131,35 @@ class _Parts:
                     self._rest[key] = self._accumulator(group.columns.size)
                     outside += group.group.names
             self._add(group, gradients)
+        self._look_for_mask(gradients)
         if outside and self._fallback == "raise":
             raise IFVPUsageError(
                 f"{', '.join(map(repr, outside))} are in no layer that can be Kronecker-factored; "
                 "leave them out with parameters=, or use fallback='auto' for their exact block "
                 "or diagonal."
             )
+
+    def warn_of_unused_mask(self) -> None:
+        """Warn if no layer had positions of the masks' shape."""
+        if self._masked and not self._mask_met:
+            warnings.warn(
+                "a padding mask was given, and no Kronecker layer has positions of its shape "
+                "(examples, positions): padding counts in the factors of all layers.",
+                UserWarning,
+                stacklevel=5,  # fit, _fit, _finish, here
+            )
+
+    def _look_for_mask(self, gradients: BatchGradients) -> None:
+        mask = gradients.mask
+        if mask is None or mask.shape[1] == 1 or self._mask_met:
+            return
+        self._masked = True
+        self._mask_met = any(
+            math.prod(call.use.lead) == mask.numel()
+            for group in gradients.groups
+            if group.key in self.layers
+            for call in group.calls
+        )
 
     def rest(self, key: str, n: int) -> tuple[Operator, str]:
         """Return the operator of parameters outside Kronecker layers, and how it is called."""

@@ -10,6 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fimkit.gradients.rules import ENTERED, RULES, ParameterIndex, Use
+from fimkit.gradients.steady import is_steady
 
 __all__ = ["Capture"]
 
@@ -31,12 +32,15 @@ class Capture(TorchFunctionMode):
         The calls seen, in order.
     detached : set of str
         Parameters met by a call whose output carries no gradient.
+    steady : bool
+        Whether no call seen can move examples as the numbers in the batch say.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.uses: list[Use] = []
         self.detached: set[str] = set()
+        self.steady = True
         self._index = ParameterIndex(parameters)
 
     def __torch_function__(
@@ -50,6 +54,7 @@ class Capture(TorchFunctionMode):
         if func in ENTERED:
             with self:
                 return ENTERED[func](*args, **kwargs)
+        self.steady = self.steady and is_steady(func, args, kwargs)
         rule = RULES.get(func)
         use = None if rule is None else rule.match(self._index, *args, **kwargs)
         output = func(*args, **kwargs)

@@ -4,7 +4,8 @@ Calls on parameters are captured during one forward pass; one backward pass per 
 their outputs, so weight gradients are never formed. What no rule covers comes from torch.func.
 Nothing captured is trusted: before a new pattern of calls is used, random sums of the rows are
 compared with autograd's own gradient of the same sums of losses, parameter by parameter; and in
-every batch the gradients at the calls show whether the examples are where they were found before.
+every batch whose numbers could move examples about, the gradients at the calls show whether they
+are where they were found before.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class _Pass:
     mask: Tensor | None
     uses: list[Use]
     graph: frozenset[tuple[Any, int]]
+    steady: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -113,6 +115,7 @@ class GradientEngine:
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
         self._layouts: dict[Any, list[BatchLayout | None]] = {}
+        self._seen: set[Any] = set()  # keys of layouts that gradients at every call have shown
         self.coverage = dict.fromkeys(space.shapes, "no gradient seen")
 
     def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
@@ -139,8 +142,9 @@ class GradientEngine:
         signals = self._signals(run)
         key = run.key
         layouts = self._layouts.get(key)
-        # What decides where examples are may be in the data, so every batch is looked at.
-        if layouts is None or not self._hold(layouts, run, signals):
+        # What decides where examples are may be in the data.
+        settled = run.steady and key in self._seen
+        if layouts is None or not (settled or self._hold(layouts, run, signals)):
             layouts = self._layouts[key] = self._verify(run, signals)
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
@@ -171,7 +175,9 @@ class GradientEngine:
         else:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
-        return _Pass(batch, labels, columns, scalars, weights, mask, capture.uses, graph)
+        return _Pass(
+            batch, labels, columns, scalars, weights, mask, capture.uses, graph, capture.steady
+        )
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -202,6 +208,8 @@ class GradientEngine:
             check.find(i, use, signal)
             for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
         ]
+        if not check.guessed:
+            self._seen.add(run.key)
         for use, layout in zip(run.uses, layouts, strict=True):
             if layout is None:
                 self._fallback_names.update(use.names)

@@ -89,9 +89,9 @@ class Objective:
     def _losses(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
         losses = self.loss.losses(outputs, targets)
         mask = None
-        if isinstance(losses, tuple) and len(losses) == 2:
+        if isinstance(losses, tuple | list) and len(losses) == 2:
             losses, mask = losses
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
+            if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
                 raise IFVPUsageError(
                     f"{self.loss.name} returned a mask {_shown(mask)}; expected shape (B, T), 1 "
                     "where a position counts and 0 where it is padding."

@@ -94,6 +94,11 @@ class RandomSum:
         The tracked parameters.
     precision : torch.dtype, optional
         The coarsest dtype in which the model computes, where that is not its parameters'.
+
+    Attributes
+    ----------
+    guessed : bool
+        Whether a layout that was found is only the likeliest, its call having had no gradient.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class RandomSum:
         precision: torch.dtype | None = None,
     ) -> None:
         self._precision = set() if precision is None else {precision}
+        self.guessed = False
         self.coefficients = _coefficients(scalars)
         inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
         self._total = (self.coefficients * scalars).sum()
@@ -135,6 +141,7 @@ class RandomSum:
         observed, self._signals[i] = self._signals[i], None
         size = 0.0 if signals is None or observed is None else _norm(observed)
         if signals is None or observed is None or not size:
+            self.guessed = True
             return candidates[0] if candidates else BatchLayout(None)
         tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
         weights = self.coefficients.to(signals)

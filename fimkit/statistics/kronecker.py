@@ -30,7 +30,7 @@ from fimkit.gradients import GroupGradients
 from fimkit.operators import EigenKroneckerOperator, FactoredRows, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
 from fimkit.operators.memory import chunks, working_set
-from fimkit.statistics.sides import Side, rotate
+from fimkit.statistics.sides import Gathered, Side, rotate
 
 __all__ = [
     "LayerStatistics",
@@ -116,6 +116,7 @@ class LinearStatistics(LayerStatistics):
     def __init__(self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing) -> None:
         super().__init__(layout, like)
         self._reduce = weight_sharing == "reduce"
+        self._few = Gathered()
         self.output, self.input = (
             Side(layout.groups, size, like, diagonal=size > _LARGEST_SIDE)
             for size in (layout.out, layout.columns)
@@ -172,6 +173,10 @@ class LinearStatistics(LayerStatistics):
 
     def add_squares(self, rows: FactoredRows, weights: Tensor | None) -> None:
         """Add the squares of rows in the eigenbasis, the positions of all calls joined."""
+        if rows.positions == 1:
+            given = () if weights is None else (weights.to(rows.signals),)
+            self._add_few(self._few.add(rows.inputs[:, 0], rows.signals[:, :, 0], *given))
+            return
         a = rows.inputs.permute(2, 0, 1, 3)  # (groups, m, T, columns)
         s = rows.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
         shape = s.shape
@@ -181,15 +186,26 @@ class LinearStatistics(LayerStatistics):
         first = rows.positions * (out**2 + columns**2) < (
             self.layout.out * self.layout.columns * (out + columns)
         )
-        if first or rows.positions == 1:
+        if first:
             a = rotate(a, self._input_basis)
             s = rotate(s.flatten(1, 2), self._output_basis).view(shape)
-        if rows.positions > 1:
-            self._add_sequences(a, s, w, rotated=first)
+        self._add_sequences(a, s, w, rotated=first)
+
+    def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
+        """Return the operator with the mean of squares over n examples as eigenvalues."""
+        self._add_few(self._few.take())
+        return super().eigen_corrected(n)
+
+    def _add_few(self, rows: tuple[Tensor, ...] | None) -> None:
+        """Add squares of ``s aᵀ``: inputs ``(m, groups, columns)``, signals, and any weights."""
+        if rows is None:
             return
-        s = s[:, :, :, 0].square_()
-        s = s[:, :, 0] if weights is None and shape[2] == 1 else (w[:, :, None] * s).sum(2)
-        a = a[:, :, 0].square_()
+        inputs, signals, *weights = rows
+        m, c, *_ = signals.shape
+        a = rotate(inputs.transpose(0, 1)[:, :, None], self._input_basis)[:, :, 0].square_()
+        s = rotate(signals.flatten(0, 1).transpose(0, 1)[:, :, None], self._output_basis)
+        s = s.square_().view(len(s), m, c, -1)
+        s = (weights[0][:, :, None] * s).sum(2) if weights else s.sum(2) if c > 1 else s[:, :, 0]
         if len(a) == 1:
             self._eigenvalues[0].addmm_(s[0].T, a[0])
         else:

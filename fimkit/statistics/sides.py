@@ -10,10 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Side", "rotate"]
+__all__ = ["Gathered", "Side", "rotate"]
 
 # Width of the panels by which a symmetric product is computed on and above its diagonal.
 _PANEL = 192
+
+# Rows that make a product fast: with fewer, reading and writing the sum takes as long.
+_ENOUGH = 1024
+
+
+class Gathered:
+    """Rows of small batches, held until they are enough for a fast product."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, ...]] = []
+
+    def add(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        """Hold tensors with examples along their first dimension; all held once they are enough."""
+        self._held.append(tensors)
+        return self.take() if sum(len(first) for first, *_ in self._held) >= _ENOUGH else None
+
+    def take(self) -> tuple[Tensor, ...] | None:
+        """Return what is held, joined; None if nothing is."""
+        held, self._held = self._held, []
+        if len(held) > 1:
+            return tuple(map(torch.cat, zip(*held, strict=True)))
+        return held[0] if held else None
 
 
 class Side:
@@ -31,6 +53,7 @@ class Side:
     def __init__(self, groups: int, size: int, like: Tensor, *, diagonal: bool) -> None:
         self.diagonal = diagonal
         self._counted = False
+        self._few = Gathered()
         # Of a whole matrix only what is on and above the diagonal is kept up to date.
         self._sum = like.new_zeros((groups, size) if diagonal else (groups, size, size))
         self._count = like.new_zeros((), dtype=torch.float64 if like.device.type != "mps" else None)
@@ -44,7 +67,17 @@ class Side:
         """Add the outer products of ``(groups, n, T, size)`` vectors."""
         if self.diagonal:
             self._sum += vectors.square().sum((1, 2))
-        elif len(vectors) > 1:
+        elif vectors.shape[2] > 1:
+            self._add_products(vectors)
+        else:
+            self._add_few(self._few.add(vectors[:, :, 0].transpose(0, 1)))
+
+    def _add_few(self, rows: tuple[Tensor, ...] | None) -> None:
+        if rows is not None:
+            self._add_products(rows[0].transpose(0, 1)[:, :, None])
+
+    def _add_products(self, vectors: Tensor) -> None:
+        if len(vectors) > 1:
             flat = vectors.flatten(1, 2)
             self._sum.baddbmm_(flat.mT, flat)
         else:
@@ -63,6 +96,7 @@ class Side:
 
         The side ends with that: the tensor returned is the caller's, to overwrite.
         """
+        self._add_few(self._few.take())
         mean = self._sum.div_(self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n)
         return mean if self.diagonal else mean.triu_().add_(mean.triu(1).mT)
 
