@@ -27,19 +27,23 @@ def machine():
     )
 
 
+def version(package):
+    """Return an importable package's version."""
+    module = importlib.import_module(package)
+    distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
+    return getattr(module, "__version__", None) or importlib.metadata.version(distribution)
+
+
 def installed(packages):
     """Return the packages that can be imported, printing their versions and what is missing."""
     found = []
-    distributions = importlib.metadata.packages_distributions()
     for package in packages:
         try:
-            module = importlib.import_module(package)
+            number = version(package)
         except ImportError as error:
             print(f"skipped {package}: {error}")
             continue
-        distribution = distributions.get(package, [package])[0]
-        version = getattr(module, "__version__", None) or importlib.metadata.version(distribution)
-        print(f"{package} {version}")
+        print(f"{package} {number}")
         found.append(package)
     return found
 
@@ -126,7 +130,8 @@ class PeakMemory:
 def fresh_process(module, *arguments):
     """Run ``python -m module *arguments`` and return the JSON on the last line of its output."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

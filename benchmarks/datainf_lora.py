@@ -7,7 +7,9 @@ flipped; the 200 test labels are true. The model is a classifier of RoBERTa's sh
 (``transformers``: 2 layers, 4 heads, width 64), first trained whole on other texts and another
 question, whether the first family makes up more than a quarter of the text. Then, with a new head,
 it is fine-tuned to the task through ``peft``, which adds LoRA to every query and value. As in the
-paper, alpha is the rank, dropout 0.05, and peft trains the head beside the adapters.
+paper, alpha is the rank, dropout 0.05, and peft trains the head beside the adapters. The learning
+rate and the epochs are, of six pairs, those whose worst training came highest in accuracy on the
+given training labels, with seeds that take no part below.
 
 Gradients are of the fine-tuned model in evaluation mode, for what the paper's code takes: every A
 and B, and of the head the weight of its last layer only (``parameters=``). Each of them is a block;
@@ -15,7 +17,7 @@ its lambda is 0.1 * trace(F_b) / p_b, as "auto" of ``Explicit(blocks="layer")`` 
 methods solve with the same lambdas.
 
 Printed per rank, as means and standard deviations over ``--seeds`` runs, each with its own texts,
-flipped labels, head and adapters:
+flipped labels, head and adapters, on one backbone:
 
 Pearson, Spearman   correlation, over training examples, of the influence on the mean test loss
                     with that of ``Explicit``, the paper's exact influence
@@ -52,6 +54,7 @@ BOS, PAD, EOS, FIRST = 0, 1, 2, 4  # RoBERTa's special tokens, and the first tha
 FAMILY, VOCABULARY = 20, 300
 SHORTEST, LONGEST = 12, 24
 PARAMETERS = ["*lora_A*", "*lora_B*", "*modules_to_save*out_proj.weight"]
+BASE_SEED = 10**6  # of the one backbone; runs are seeded from 0 upwards
 PAPER = {1: 0.64}  # Pearson correlation on GLUE-MRPC, by rank
 
 
@@ -108,7 +111,7 @@ def make_task(n_train, n_test, seed):
     return Task(train, test, flipped)
 
 
-def pretrained(seed, n=2000, epochs=10):
+def pretrained(n=2000, epochs=10):
     """Return a classifier of RoBERTa's shape, trained on other texts and another question."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -124,12 +127,12 @@ def pretrained(seed, n=2000, epochs=10):
         pad_token_id=PAD,
         eos_token_id=EOS,
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(BASE_SEED)
     texts = [make_text(generator) for _ in range(n)]
     for text in texts:
         words = text["input_ids"][text["input_ids"] >= FIRST]
         text["labels"] = (4 * (words < FIRST + FAMILY).sum() > len(words)).long()
-    torch.manual_seed(seed)
+    torch.manual_seed(BASE_SEED)
     model = RobertaForSequenceClassification(config)
     train(model, texts, epochs, 1e-3)
     return model
@@ -225,8 +228,8 @@ def measure(base, rank, seed, args):
 
 def spread(values):
     """Return mean and standard deviation as text."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):8.3f} ({deviation:.3f})"
+    deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):8.3f}{deviation}"
 
 
 def main():
@@ -235,8 +238,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
     parser.add_argument("--train", type=int, default=400)
     parser.add_argument("--test", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=1e-2, help="of learning")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -245,7 +248,7 @@ def main():
         return
     print(f"n = {args.train} with a fifth of labels flipped, {args.test} test texts")
     print(f"means (standard deviations) over {args.seeds} seeds")
-    base = pretrained(seed=args.seeds)  # none of the seeds of the runs
+    base = pretrained()
     for rank in args.ranks:
         start = time.perf_counter()
         runs = [measure(base, rank, seed, args) for seed in range(args.seeds)]

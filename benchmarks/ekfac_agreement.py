@@ -28,14 +28,25 @@ Run from the repository root::
 import argparse
 import sys
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks.common import installed, machine
-from benchmarks.ekfac_peers import CONTENDERS, Block, MeanPool, Problem
+from benchmarks.peers import EKFAC
+from benchmarks.problems import Block, MeanPool, Problem
+from benchmarks.work import layers_of
 
 TOLERANCE = 1e-8
+
+
+class Found(NamedTuple):
+    """A library's own object, and what is compared of it."""
+
+    native: Any
+    traces: torch.Tensor
+    ifvp: torch.Tensor
 
 
 def linears():
@@ -71,7 +82,17 @@ def make_problem(name, fisher):
     """Return the model in float64 with 40 examples in batches of 12."""
     torch.manual_seed(0)
     model, x = MODELS[name]()
-    return Problem(model.double(), x.double(), torch.randint(4, (40,)), 12, fisher=fisher)
+    x, y = x.double(), torch.randint(4, (40,))
+    return Problem(model.double(), x, y, (x[:1], y[:1]), 12, fisher=fisher)
+
+
+def found_by(library, problem):
+    """Return what a library finds."""
+    contender = EKFAC[library](problem)
+    fit, apply = contender.steps.values()
+    native = fit()
+    results = contender.results(native, apply(native))
+    return Found(native, results["trace"], results["product"])
 
 
 def difference(ours, theirs):
@@ -86,7 +107,7 @@ def sorted_difference(ours, theirs):
 
 def curvlinops_differences(problem, ours, theirs):
     """Yield what is compared with curvlinops, and its relative difference."""
-    eye = torch.eye(len(problem.vector), dtype=torch.float64)
+    eye = torch.eye(problem.size, dtype=torch.float64)
     yield "dense matrix", difference(ours.native.fisher_.to_dense(), theirs.native @ eye)
 
 
@@ -95,7 +116,7 @@ def kronfluence_differences(problem, ours, theirs):
     from fimkit import KFAC
 
     kfac = KFAC(fisher=problem.fisher).fit(problem.model, problem.loader)
-    factors, positions = theirs.native, positions_of(problem)
+    factors, layers = theirs.native, layers_of(problem)
     found = {"sorted Lambda": [], "trace(S) trace(A)": [], "eigenvalues of S x A": []}
     for name in problem.layers:
         squares = factors["lambda_matrix"][name] / factors["num_lambda_processed"][name]
@@ -104,28 +125,13 @@ def kronfluence_differences(problem, ours, theirs):
             factors[f"{side}_covariance"][name] / factors[f"num_{side}_covariance_processed"][name]
             for side in ("gradient", "activation")
         ]
-        product = sides[0].trace() * positions[name] * sides[1].trace()
+        product = sides[0].trace() * layers[name].positions * sides[1].trace()
         found["trace(S) trace(A)"].append(difference(kfac.eigenvalues_[name].sum(), product))
         values = [factors[f"{side}_eigenvalues"][name] for side in ("gradient", "activation")]
-        products = torch.outer(values[0] * positions[name], values[1])
+        products = torch.outer(values[0] * layers[name].positions, values[1])
         found["eigenvalues of S x A"].append(sorted_difference(kfac.eigenvalues_[name], products))
     for label, values in found.items():
         yield label, max(values)
-
-
-def positions_of(problem):
-    """Return the number of positions per example of every layer."""
-    positions, handles = {}, []
-    for name, layer in problem.layers.items():
-
-        def count(module, inputs, output, name=name):
-            positions[name] = output[0].numel() // len(module.bias)
-
-        handles.append(layer.register_forward_hook(count))
-    problem.model(problem.x)
-    for handle in handles:
-        handle.remove()
-    return positions
 
 
 COMPARED = {
@@ -138,12 +144,12 @@ COMPARED = {
 def compare(name, peer, fisher):
     """Yield what is compared of one model and one peer, and its relative difference."""
     problem = make_problem(name, fisher)
-    ours, theirs = (CONTENDERS[library](problem)() for library in ("fimkit", peer))
-    yield "trace of a layer", max(abs(ours.traces[k] / t - 1) for k, t in theirs.traces.items())
+    ours, theirs = (found_by(library, problem) for library in ("fimkit", peer))
+    yield "trace of a layer", (ours.traces / theirs.traces - 1).abs().max().item()
     yield "inverse times vector", difference(ours.ifvp, theirs.ifvp)
     yield from COMPARED[peer, fisher](problem, ours, theirs)
     weak = replace(problem, damping=problem.damping / 100)
-    ours, theirs = (CONTENDERS[library](weak)() for library in ("fimkit", peer))
+    ours, theirs = (found_by(library, weak) for library in ("fimkit", peer))
     yield "the same, lambda / 100", difference(ours.ifvp, theirs.ifvp)
 
 

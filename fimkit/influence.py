@@ -34,7 +34,7 @@ each. Estimators that were fitted with ``verbose=1`` show the passes' progress.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,11 +47,20 @@ from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.blocks import block_columns, block_names
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients import BatchGradients, TokenGradients
 from fimkit.operators import Columns, RowMatrix
 from fimkit.operators.memory import chunks
 from fimkit.vectors import ParameterSpace
 
-__all__ = ["TopK", "layer_scores", "pairwise_scores", "self_influence", "top_k"]
+__all__ = [
+    "TokenScores",
+    "TopK",
+    "layer_scores",
+    "pairwise_scores",
+    "self_influence",
+    "token_scores",
+    "top_k",
+]
 
 # Bytes that the queries' inverse-Fisher-vector products may take at a time.
 _QUERY_BUDGET = 2 * 2**30
@@ -88,6 +97,28 @@ class TopK(NamedTuple):
             "train": self.indices.ravel(),
             "score": self.scores.ravel(),
         }
+
+
+class TokenScores(NamedTuple):
+    """Scores of the training examples' tokens, and what no token has a part in.
+
+    Attributes
+    ----------
+    scores : ndarray of shape (n_queries, n_train, T)
+        T tokens of the longest example; zero behind the end of a shorter one.
+    rest : ndarray of shape (n_queries, n_train)
+        What parameters contribute whose gradients are not sums over tokens. With the sum of
+        ``scores`` over tokens it makes `pairwise_scores`. In a batch of examples of one token, all
+        that is captured is that token's.
+    undivided : tuple of str
+        These parameters: those that are not met token by token (a classifier's head behind a
+        pooling, convolutions), and those of which ``coverage_`` says that they were not captured.
+        Where it is empty, ``rest`` is zero.
+    """
+
+    scores: Scores
+    rest: Scores
+    undivided: tuple[str, ...]
 
 
 def pairwise_scores(
@@ -165,6 +196,80 @@ def layer_scores(
     return dict(zip(places, scores, strict=True))
 
 
+def token_scores(
+    estimator: FisherEstimator,
+    train: ModelData,
+    queries: ModelData,
+    *,
+    measurement: Any = "loss",
+    normalization: Normalization = None,
+) -> TokenScores:
+    r"""Divide the scores into what each token of the training examples contributes to them.
+
+    A layer that is applied to every token has the gradient :math:`\sum_t g_{it}` of example i, with
+    :math:`g_{it} = s_{it} a_{it}^\top` for a linear map of input a and output gradient s. The
+    score of token t is :math:`\nabla l_j^\top (F + \lambda I)^{-1} g_{it}`, summed over layers.
+    It is about what layers meet at the token, not about the loss there alone, whose gradient
+    attention carries to other tokens.
+
+    Parameters
+    ----------
+    estimator, train, queries, measurement, normalization
+        As for `pairwise_scores`; a normalization is that of the whole score.
+
+    Returns
+    -------
+    scores : TokenScores
+        ``scores`` of shape ``(n_queries, n_train, T)``, which with ``rest`` add up to
+        `pairwise_scores`; ``rest`` is due to the parameters named in ``undivided``. Tokens are in
+        the order of the batches, their padding included: of examples that are padded on the left,
+        give all to one length.
+
+    Raises
+    ------
+    IFVPUsageError
+        If no layer meets several tokens of an example, or a layer meets as many rows as there are
+        tokens in some batches only, so that they need not be the tokens.
+    """
+    _check(estimator, train, queries, normalization)
+    relative = normalization == "relatif"
+
+    def take(gradients: BatchGradients) -> tuple[TokenGradients, RowMatrix | None]:
+        return gradients.by_token(), gradients.rows() if relative else None
+
+    scores = np.zeros((len(queries), len(train), 1))
+    rest = np.zeros((len(queries), len(train)))
+    undivided: dict[str, None] = {}
+    met: dict[str, set[bool]] = {}
+    for some, ifvps in _query_parts(estimator, queries, measurement):
+        start = 0
+        for tokens, rows in estimator.batch_gradients(train, take):
+            n = tokens.whole.n
+            found = torch.cat(
+                [
+                    tokens.split.project(ifvps, ifvps.dtype).view(len(ifvps), n, tokens.count),
+                    tokens.whole.project(ifvps, ifvps.dtype)[:, :, None],
+                ],
+                2,
+            ).double()
+            if rows is not None:
+                found /= _own_scale(estimator, rows)[:, None]
+            here = some, slice(start, start + n)
+            longer = tokens.count - scores.shape[2]
+            if longer > 0:
+                scores = np.pad(scores, ((0, 0), (0, 0), (0, longer)))
+            scores[*here, : tokens.count] = found[..., :-1].cpu().numpy()
+            rest[here] = found[..., -1].cpu().numpy()
+            start += n
+            for name, divided in tokens.divided.items():
+                if not divided:
+                    undivided[name] = None
+                if divided is not None and tokens.count > 1:  # of one token, all fits by chance
+                    met.setdefault(name, set()).add(divided)
+    _check_tokens(scores.shape[2], met)
+    return TokenScores(scores, rest, tuple(undivided))
+
+
 def top_k(
     estimator: FisherEstimator,
     train: ModelData,
@@ -237,8 +342,26 @@ def _check(estimator: Any, train: Any, queries: Any, normalization: Any) -> None
     _check_estimator(estimator)
     check_model_data(train, "train")
     check_model_data(queries, "queries")
+    for name, data in (("train", train), ("queries", queries)):
+        if not len(data):
+            raise IFVPUsageError(f"{name} has no examples; give at least one.")
     if normalization not in (None, "relatif"):
         raise IFVPUsageError(f"normalization={normalization!r}; expected None or 'relatif'.")
+
+
+def _check_tokens(longest: int, met: Mapping[str, set[bool]]) -> None:
+    """Raise if there are no tokens, or what they are is in doubt."""
+    if longest == 1:
+        raise IFVPUsageError(
+            "no layer meets several tokens of a training example, so its score cannot be divided; "
+            "use pairwise_scores, or layer_scores."
+        )
+    for name, divided in met.items():
+        if len(divided) > 1:
+            raise IFVPUsageError(
+                f"{name!r} meets as many rows as an example has tokens in some batches and not in "
+                "others, so that its rows need not be the tokens; pad all examples to one length."
+            )
 
 
 def _check_estimator(estimator: Any) -> None:
@@ -280,9 +403,7 @@ def _score_blocks(
     scores : Tensor of shape (L, k, n)
         The parts of the L places, float64.
     """
-    size = estimator.n_features_in_ * _precision(estimator).itemsize
-    for some in list(chunks(len(queries), size, budget=_QUERY_BUDGET)) or [slice(0, 0)]:
-        ifvps = _ifvps(estimator, queries[some], measurement)
+    for some, ifvps in _query_parts(estimator, queries, measurement):
         start = 0
         for rows in estimator.gradients(train):
             scores = _part_scores(rows, ifvps, places).double()
@@ -290,6 +411,15 @@ def _score_blocks(
                 scores /= _own_scale(estimator, rows)
             yield (some, slice(start, start + rows.n)), scores
             start += rows.n
+
+
+def _query_parts(
+    estimator: FisherEstimator, queries: ModelData, measurement: Any
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some queries' places and their `_ifvps`, as many at a time as the budget allows."""
+    size = estimator.n_features_in_ * _precision(estimator).itemsize
+    for some in chunks(len(queries), size, budget=_QUERY_BUDGET):
+        yield some, _ifvps(estimator, queries[some], measurement)
 
 
 def _precision(estimator: FisherEstimator) -> torch.dtype:
@@ -304,11 +434,10 @@ def _ifvps(estimator: FisherEstimator, queries: ModelData, measurement: Any) -> 
         dtype=_precision(estimator),
         device=estimator.device_,
     )
-    start = 0
+    damping, start = _damping(estimator), 0
     for rows in estimator.gradients(queries, measurement=measurement):
-        for part in rows.dense_parts(out.dtype):
-            out[start : start + len(part)] = estimator.transform(part)
-            start += len(part)
+        out[start : start + rows.n] = estimator.fisher_.solve_rows(rows, damping, out.dtype)
+        start += rows.n
     return out
 
 
@@ -330,10 +459,14 @@ def _part_scores(rows: RowMatrix, ifvps: Tensor, places: Sequence[Columns]) -> T
 
 def _own_scale(estimator: FisherEstimator, rows: RowMatrix) -> Tensor:
     """Return the roots of the rows' self-influence, infinite where it is zero, shape ``(n,)``."""
-    damping = estimator.regularization_
-    values = list(damping.values()) if isinstance(damping, dict) else damping
-    own = estimator.fisher_.inverse_quadratic(rows, values).double()
+    own = estimator.fisher_.inverse_quadratic(rows, _damping(estimator)).double()
     return torch.where(own > 0, own.sqrt(), torch.inf)
+
+
+def _damping(estimator: FisherEstimator) -> Any:
+    """Return λ as operators take it: one number, or one per block in order."""
+    damping = estimator.regularization_
+    return list(damping.values()) if isinstance(damping, dict) else damping
 
 
 def _highest(indices: npt.NDArray[np.intp], scores: Scores, k: int) -> TopK:

@@ -238,7 +238,7 @@ def layers(
     A mask, ``(T,)`` for each example, selects positions of calls with T positions for the factors.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    modules = [module for module in model.modules() if isinstance(module, KINDS)]
+    modules = [m for m in model.modules() if isinstance(m, KINDS) and m.weight.requires_grad]
     found = {layer.weight: layer for layer in _empty_layers(modules, names)}
     parameters = dict(model.named_parameters())
     for i, example in enumerate(examples):
@@ -251,7 +251,9 @@ def layers(
         ]
         signals = [[_or_zero(piece[k], calls[k][2]) for piece in pieces] for k in range(len(calls))]
         mask = None if masks is None else masks[i]
-        for (module, x, _), per_scalar in zip(calls, signals, strict=True):
+        for k, ((module, x, _), per_scalar) in enumerate(zip(calls, signals, strict=True)):
+            if all(piece[k] is None for piece in pieces):
+                continue  # what no scalar depends on has no positions
             layer = found[names[id(module.weight)]]
             folded = layer.bias is not None and names.get(id(module.bias)) == layer.bias
             a, s = _call(module, x.detach(), per_scalar)

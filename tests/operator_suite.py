@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fimkit import SingularFisherError
-from fimkit.operators import memory
+from fimkit.operators import Columns, DenseRows, RowMatrix, memory, row_matrix
 
 
 def error(found, expected):
@@ -93,6 +93,22 @@ class OperatorSuite:
             assert found.dtype == torch.float64
             assert error(found, quadratics) <= self.tolerance / damping
         assert torch.equal(vectors, before)
+
+    def test_solutions_of_rows(self, operator, monkeypatch):
+        """Gradients in any groups, several of an example, in parts that fit the budget."""
+        monkeypatch.setattr(row_matrix, "BUDGET", 1)
+        vectors = self.vectors(4)
+        columns = [slice(i, i + 1) for i in range(operator.size)]
+        groups = [(Columns((c,)), DenseRows(vectors[:, c].reshape(2, 2, 1))) for c in columns]
+        rows = RowMatrix(groups, operator.size)
+        for damping in self.dampings:
+            expected = torch.linalg.solve(self.dense(damping), vectors.T).T
+            found = operator.solve_rows(rows, damping, torch.float64)
+            assert error(found, expected) <= self.tolerance / damping
+        found = operator.solve_rows(rows, 1.0, torch.float32)
+        assert found.dtype == torch.float32
+        expected = torch.linalg.solve(self.dense(1.0), vectors.T).T
+        assert error(found, expected) <= 4 * torch.finfo(torch.float32).eps
 
     def test_solve_undoes_matmul(self, operator):
         vectors = self.vectors(5)

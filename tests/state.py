@@ -17,7 +17,7 @@ def of_model(model):
         state[name, "attributes"] = sorted(vars(module))
         for key, value in vars(module).items():
             if "hooks" in key and value is not None:
-                state[name, key] = list(value.items())
+                state[name, key] = list(getattr(value, "items", value.copy)())
         # A method set on the instance would be a patch that was not undone.
         state[name, "forward"] = vars(module).get("forward")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

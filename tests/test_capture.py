@@ -2,13 +2,10 @@
 
 import copy
 import gc
-import os
 import weakref
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -297,24 +294,6 @@ def test_data_parallel():
     assert exact(fitted, model, data())
 
 
-@pytest.fixture
-def process_group(tmp_path, monkeypatch):
-    """A group of this process alone."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("torch has no gloo backend")
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=(tmp_path / "store").as_uri(),
-        rank=0,
-        world_size=1,
-        timeout=timedelta(seconds=20),
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_distributed_data_parallel():
     model = mlp().double()
@@ -360,3 +339,27 @@ def test_reentrant_checkpoints_are_refused_by_name():
     message = r"reentrant activation checkpointing around body\.0\.bias.*use_reentrant=False"
     with unchanged(model), pytest.raises(IFVPUsageError, match=message):
         Explicit().fit(model, [data()])
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+class InFloat32(nn.Module):
+    """A norm that computes in float32 whatever its input, as many language models have it."""
+
+    def forward(self, x):
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["inside", "at the end"])
+def test_models_that_compute_in_less_than_their_parameters(last):
+    """Their rounding is no disagreement of gradients, whichever dtype parameters have."""
+    layers = [nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)]
+    layers.insert(3 if last else 1, InFloat32())
+    model = nn.Sequential(*layers).double()
+    fitted = Explicit().fit(model, split(data(), N, 5))
+    assert set(fitted.coverage_.values()) == {"captured (linear)"}
+    rows = reference.gradients(model, reference.negative_log_likelihood, data(), N)
+    expected = reference.fisher(rows)
+    assert float((fitted.fisher_.to_dense() - expected).norm() / expected.norm()) <= 1e-6

@@ -422,6 +422,20 @@ def test_parameters():
     )
 
 
+def test_precisions_of_backends(monkeypatch):
+    """PyTorch then has no precision of float32 products to tell, and raises."""
+
+    def refuse():
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+    plain = fit(dtype=torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    vectors = torch.ones(2, plain.n_features_in_)
+    torch.testing.assert_close(
+        fit(dtype=torch.float32).transform(vectors), plain.transform(vectors)
+    )
+
+
 @parametrize_layouts
 def test_pickle(layout):
     """Without what can be computed again."""

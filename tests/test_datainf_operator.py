@@ -1,9 +1,11 @@
 """`DataInfOperator` against its formula, written out example by example."""
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimkit import SingularFisherError
 from fimkit.operators import (
@@ -221,17 +223,99 @@ def test_zero_gradients():
         operator.solve(vectors, 0.0)
 
 
-@pytest.mark.parametrize("p", [3, 12])
-def test_float32_rows(p):
-    """Rows are float32, arithmetic is not: with training gradients, far below 'auto'."""
-    rows = randn(8, 1, p).float()
-    operator = DataInfOperator(RowMatrix(dense_rows(rows), p), 8, CPU)
+def float32_rows(n, p, spread, scale=1.0):
+    """Return ``(n, 1, p)`` rows around one direction, at a distance of ``spread``."""
+    return (scale * (randn(p) + spread * randn(n, 1, p, seed=1))).float()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("p", [1, 3, 12, 300])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("fraction", [0.1, 1e-3, 1e-6])
+def test_float32_rows(n, p, spread, fraction):
+    """Training gradients as vectors, of which nearly nothing is left where λ is small."""
+    rows = float32_rows(n, p, spread)
+    operator = DataInfOperator(RowMatrix(dense_rows(rows), p), n, CPU)
     wide = rows.double()
-    damping = 1e-4 * float(wide.square().mean())
-    mean = dense.mean_of_inverses(wide, torch.ones(8, 1), 8, damping, together=False)
-    found = operator.solve(rows[:, 0], damping)
+    damping = fraction * float(wide.square().mean())
+    mean = dense.mean_of_inverses(wide, torch.ones(n, 1), n, damping, together=False)
+    vectors = torch.cat([rows[:, 0], randn(5, p, seed=2).float()])
+    found = operator.solve(vectors, damping)
     assert found.dtype == torch.float32
-    assert error(found, wide[:, 0] @ mean) <= 1e-6
+    expected = vectors.double() @ mean
+    for vector, own in zip(found, expected, strict=True):
+        assert error(vector, own) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("scale", "length"),
+    [
+        *[(1e-24, 1e-30), (1e-17, 1e-30), (1e-10, 1e-35), (1e-10, 1e-12), (1.0, 1e-25)],
+        *[(1.0, 1e30), (1e10, 1e-15), (1e18, 1e8), (1e18, 1e15), (1e18, 1e25)],
+    ],
+)
+def test_float32_rows_whose_products_leave_its_range(scale, length):
+    rows = float32_rows(8, 20, 1.0, scale)
+    operator = DataInfOperator(RowMatrix(dense_rows(rows), 20), 8, CPU)
+    damping = 0.1 * float(rows.double().square().mean())
+    near_one, ones = rows.double() / scale, torch.ones(8, 1)
+    mean = dense.mean_of_inverses(near_one, ones, 8, damping / scale**2, together=False)
+    vectors = (length * randn(3, 20, seed=2)).float()
+    expected = vectors.double() @ mean / scale**2
+    assert error(operator.solve(vectors, damping), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0])
+def test_float32_rows_taken_together(spread):
+    rows = float32_rows(12, 40, spread).view(4, 3, 40)
+    weights = torch.full((4, 3), 1 / 3)
+    operator = DataInfOperator(RowMatrix(dense_rows(rows), 40, weights), 4, CPU, joint=True)
+    damping = 1e-5 * float(rows.square().mean())
+    mean = dense.mean_of_inverses(rows.double(), weights, 4, damping, together=True)
+    vectors = rows.flatten(0, 1)
+    for found, own in zip(operator.solve(vectors, damping), vectors.double() @ mean, strict=True):
+        assert error(found, own) <= 1e-6
+
+
+@pytest.mark.parametrize("coarse", ["autocast", "matmul precision", "a backend's own"])
+def test_float32_products_are_not_left_to_a_coarser_dtype(coarse, monkeypatch):
+    rows = float32_rows(30, 40, 1.0)
+    operator = DataInfOperator(RowMatrix(dense_rows(rows), 40), 30, CPU)
+    mean = dense.mean_of_inverses(rows.double(), torch.ones(30, 1), 30, 0.1, together=False)
+    vectors = randn(4, 40, seed=2).float()
+    context = nullcontext()
+    if coarse == "autocast":
+        context = torch.autocast("cpu", dtype=torch.bfloat16)
+    elif coarse == "matmul precision":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    else:
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", _refuse)
+    with context, Dtypes() as dtypes:
+        found = operator.solve(vectors, 0.1)
+    assert error(found, vectors.double() @ mean) <= 1e-6
+    assert dtypes.of_products == {torch.float64}
+    with Dtypes() as dtypes:
+        monkeypatch.undo()
+        operator.solve(vectors, 0.1)
+    assert dtypes.of_products == {torch.float32}
+
+
+def _refuse():
+    raise RuntimeError("you have used mix of the legacy and new APIs")
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes that matrices are multiplied in."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_products = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in {"mm", "bmm", "addmm", "addmm_"}:
+            self.of_products.add(out.dtype)
+        return out
 
 
 @pytest.mark.parametrize("joint", [False, True])

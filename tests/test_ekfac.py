@@ -5,6 +5,7 @@ import pickle
 import re
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
@@ -807,13 +808,13 @@ def test_eigenvectors_are_of_float64(dtype, threads, monkeypatch):
     """Whatever the model's precision; and threads are as many afterwards as before."""
     case = SITUATIONS["convolution in 1-D"]
     seen = []
-    original = torch.linalg.eigh
+    original = np.linalg.eigh
 
-    def watched(matrix, *arguments, **keywords):
-        seen.append((matrix.dtype, torch.equal(matrix, matrix.mT), tuple(matrix.shape)))
-        return original(matrix, *arguments, **keywords)
+    def watched(matrix):
+        seen.append((matrix.dtype, np.array_equal(matrix, matrix.swapaxes(1, 2)), matrix.shape))
+        return original(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    monkeypatch.setattr(np.linalg, "eigh", watched)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -824,7 +825,7 @@ def test_eigenvectors_are_of_float64(dtype, threads, monkeypatch):
     finally:
         torch.set_num_threads(before)
     shapes = [(1, 4, 4), (1, 9, 9), (2, 2, 2), (2, 4, 4), (1, 3, 3), (1, 9, 9)]
-    assert sorted(seen) == sorted((torch.float64, True, shape) for shape in shapes)
+    assert sorted(seen) == sorted((np.float64, True, shape) for shape in shapes)
     assert fitted.dtype_ == torch.float32
     for name, values in fitted.eigenvalues_.items():
         assert values.dtype == torch.float32
@@ -927,7 +928,7 @@ def test_solver_that_fails_on_the_device(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     found = EKFAC().fit(model, case.batches(7, n=N))
-    assert devices.count("cpu") == devices.count("cuda") == 6
+    assert devices == ["cuda"] * 6
     assert found.fisher_.device.type == "cuda"
     assert difference(found.fisher_.to_dense(), expected.fisher_.to_dense()) <= 1e-9
 

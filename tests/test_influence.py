@@ -240,6 +240,9 @@ def test_errors_of_data():
     for train, queries, name in ((None, data, "train"), (data, None, "queries")):
         with pytest.raises(IFVPUsageError, match=f"{name} must be a ModelData.*got NoneType"):
             top_k(fitted, train, queries, 1)
+    for train, queries, name in ((data[:0], data, "train"), (data, data[:0], "queries")):
+        with pytest.raises(IFVPUsageError, match=f"^{name} has no examples"):
+            pairwise_scores(fitted, train, queries)
     other = ModelData(mlp(False).double(), case.batch())
     with pytest.raises(IFVPUsageError, match="other trainable parameters than the one fitted"):
         pairwise_scores(fitted, other, data)

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import (
     AmbientAutocast,
+    BatchGradients,
     EvaluationTurns,
     FisherKind,
     Objective,
@@ -47,6 +48,8 @@ from fimkit.losses import LOSSES, Loss, measured
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix, ShardedRowMatrix
 
 __all__ = ["FisherEstimator", "components", "compose"]
+
+T = TypeVar("T")
 
 # Bytes of per-example gradients that a ModelData may become as one array.
 _DENSE_LIMIT = 4 * 2**30
@@ -402,6 +405,26 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         rows : RowMatrix
             What `fimkit.influence` is built on.
         """
+        return self.batch_gradients(data, BatchGradients.rows, fisher, measurement=measurement)
+
+    def batch_gradients(
+        self,
+        data: ModelData,
+        take: Callable[[BatchGradients], T],
+        fisher: FisherKind | None = "empirical",
+        *,
+        measurement: Any = "loss",
+    ) -> Iterator[T]:
+        """Yield what is taken of the per-example gradients of data, batch by batch.
+
+        Parameters
+        ----------
+        data, fisher, measurement
+            As for `gradients`.
+        take : callable
+            From the gradients of a batch, with the calls that they come from, to what is yielded;
+            it is called in the model's turn, where nothing that it refers to changes.
+        """
         check_is_fitted(self)
         check_model_data(data, "data")
         settings = self._settings
@@ -422,10 +445,10 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             while True:  # between batches, which may be for long, other threads have their turn
                 with turns.turn():
                     gradients = next(batches, None)
-                    rows = None if gradients is None else gradients.rows()
-                if rows is None:
-                    return
-                yield rows
+                    if gradients is None:
+                        return
+                    taken = take(gradients)
+                yield taken
 
 
 def _check_interval(every: Any) -> None:

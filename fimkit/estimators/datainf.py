@@ -50,7 +50,8 @@ class DataInf(FisherEstimator):
         As for `Explicit`.
     dtype : {torch.float32, torch.float64, torch.bfloat16}, optional
         What gradients are kept in; the model's, float32 at least, by default. Arithmetic is
-        float64 in any case. bfloat16 halves what they take, at three digits each.
+        float64, but for products of float32 that are as exact as that needs. bfloat16 halves
+        what they take, at three digits each.
     blocks : {"layer", "parameter"}, mapping or sequence of int, default="layer"
         One block per module that owns parameters, or per parameter, in the order of the
         parameters; a mapping of block name to parameter names or patterns, in its order; or one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -126,7 +127,17 @@ class _Parts:
         self._mask_met = False
 
     def update(self, gradients: BatchGradients) -> None:
-        """Add one batch."""
+        """Add one batch.
+
+        Raises
+        ------
+        _NoLayerError
+            If what was a layer in earlier batches is none. The engine gives it as rows from now
+            on, so that another pass over all batches has the same parts throughout.
+        """
+        for group in gradients.groups:
+            if group.given is not None and group.key in self.layers:
+                raise _NoLayerError(repr(group.key))
         outside: list[str] = []
         for group in gradients.groups:
             key = group.key
@@ -273,6 +284,38 @@ def _differing(name: str, rank: int | None) -> IFVPUsageError:
     )
 
 
+class _NoLayerError(Exception):
+    """What earlier batches took for a layer is none."""
+
+
+def _first_pass(
+    run: Run,
+    weight_sharing: WeightSharing,
+    fallback: str,
+    statistics: Mapping[str, Any] | None = None,
+    batches: Callable[[int], Iterator[BatchGradients]] | None = None,
+) -> tuple[_Parts, bool]:
+    """Return the parts of a pass over all batches, begun again where a layer is seen to be none.
+
+    An expert's tokens may lie by examples in one batch, as of one example alone, and not in others.
+    The rest is as for `Run.accumulate`.
+    """
+    while True:
+        parts = _Parts(run, weight_sharing, fallback)
+        try:
+            passed = run.accumulate({"parts": parts, **(statistics or {})}, parts.update, batches)
+        except _NoLayerError as error:
+            if isinstance(run.data, Iterator) or run.checkpoint is not None or not run.ranks.alone:
+                raise IFVPUsageError(
+                    f"{error} has its examples apart in some batches and not in others (an "
+                    "expert's tokens, say), and the pass cannot begin again to treat them alike: "
+                    "give a DataLoader or a list, to one process, without checkpoint=."
+                ) from error
+            run.begin_again()
+        else:
+            return parts, passed
+
+
 class EKFAC(_KroneckerEstimator):
     r"""Eigenvalue-corrected Kronecker-factored approximate curvature.
 
@@ -306,8 +349,8 @@ class EKFAC(_KroneckerEstimator):
     cache_budget : int, default=2**30
         Bytes of inputs and gradients kept between the passes. Batches beyond it are run through
         the model again, with the random numbers of the first pass (of torch, of the loader's
-        generators, of Python's `random` and of ``numpy.random``); data that give other losses then
-        are refused.
+        generators, of Python's ``random`` and of ``numpy.random``); data that give other losses
+        then are refused.
 
     Attributes
     ----------
@@ -379,12 +422,14 @@ class EKFAC(_KroneckerEstimator):
         self.cache_budget = cache_budget
 
     def _fit(self, run: Run) -> dict[str, Any]:
-        parts = _Parts(run, self.weight_sharing, self.fallback)
         passes = ReplayedPasses(run, self.cache_budget)
-        statistics = {"parts": parts, "passes": passes}
-        if run.accumulate(statistics, parts.update, passes.first):
+        parts, passed = _first_pass(
+            run, self.weight_sharing, self.fallback, {"passes": passes}, passes.first
+        )
+        if passed:
             parts.reduce(run.ranks)
             set_eigenbases(parts.layers, run.n, run.ranks)
+        statistics = {"parts": parts, "passes": passes}
         run.accumulate(statistics, parts.add_eigenvalues, passes.second)
         for layer in parts.layers.values():
             layer.reduce_eigenvalues(run.ranks)
@@ -448,8 +493,7 @@ class KFAC(_KroneckerEstimator):
         self.fallback = fallback
 
     def _fit(self, run: Run) -> dict[str, Any]:
-        parts = _Parts(run, self.weight_sharing, self.fallback)
-        run.accumulate({"parts": parts}, parts.update)
+        parts, _ = _first_pass(run, self.weight_sharing, self.fallback)
         parts.reduce(run.ranks)
         sides = set_eigenbases(parts.layers, run.n, run.ranks)
         layers = {name: layer.factored(*sides[name]) for name, layer in parts.layers.items()}

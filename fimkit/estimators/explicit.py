@@ -36,8 +36,9 @@ class Explicit(FisherEstimator):
         block name to λ, or a sequence in block order, gives one per block. It is applied when
         solving: setting it on a fitted estimator takes effect at once. Every other parameter
         waits for the next fit.
-    loss : {"cross_entropy", "mse", "bce"} or callable, default="cross_entropy"
-        Negative log-likelihood per example, summed over the example's targets. ``"mse"`` is
+    loss : {"cross_entropy", "causal_lm", "mse", "bce"} or callable, default="cross_entropy"
+        Negative log-likelihood per example, summed over the example's targets. ``"causal_lm"`` is
+        the cross-entropy of each next token, of labels that are the token ids. ``"mse"`` is
         ½‖f − y‖². A callable is ``loss(model, batch)`` returning ``(B,)`` losses, or
         ``(losses, mask)``.
     fisher : {"empirical", "mc", "exact", "predicted"}, default="empirical"

@@ -30,7 +30,7 @@ def load(
     Parameters
     ----------
     path : str or path
-        As given to `save` of an estimator.
+        As given to ``save`` of an estimator.
     device : str or torch.device, default="cpu"
         Where the estimator's tensors go, wherever they were.
     loss : callable, optional

@@ -29,9 +29,9 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
     """An estimator with the regularization that scores best on held-out gradients.
 
     What `sklearn.linear_model.RidgeCV` is to ridge regression: each fold is fitted once and scored
-    at all λ by `score_path`, so that a grid costs hardly more than one λ. The estimator is then
+    at all λ by ``score_path``, so that a grid costs hardly more than one λ. The estimator is then
     fitted to all data with the best one, and everything else that is asked of this object
-    (`mahalanobis`, `score_path`, ``fisher_``, ...) is asked of it.
+    (``mahalanobis``, ``score_path``, ``fisher_``, ...) is asked of it.
 
     Parameters
     ----------

@@ -46,13 +46,16 @@ class ReplayedPasses:
         self._scalars = state["scalars"]
 
     def first(self, start: int = 0) -> Iterator[BatchGradients]:
-        """Yield the gradients of every batch, or of those from one on.
+        """Yield the gradients of every batch, from the start each time, or of those from one on.
 
         Raises
         ------
         IFVPUsageError
             If the budget is exceeded by data that can be iterated over only once.
         """
+        if not start:
+            self._kept.clear()
+            self._scalars.clear()
         used, full = 0, start > 0
         for i, gradients in enumerate(self._run.gradients(start), start):
             self._scalars.append(gradients.scalars)

@@ -233,6 +233,12 @@ class Run:
             self.engine.coverage.update(seen)
         return passed
 
+    def begin_again(self) -> None:
+        """Return to where the first pass began, to group parameters anew."""
+        self.states.restore()
+        self.engine.regroup()
+        self._unread.clear()
+
     def _pass(
         self,
         statistics: Mapping[str, Any],

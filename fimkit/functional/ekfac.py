@@ -59,7 +59,7 @@ def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
 
         Negative log-likelihoods at the labels of the data give the empirical Fisher information
         matrix, at labels drawn from the predictions the true one. Random numbers of torch, of
-        Python's `random` and of ``numpy.random`` are drawn alike in both calls of ``func`` on a
+        Python's ``random`` and of ``numpy.random`` are drawn alike in both calls of ``func`` on a
         batch, and these random states are left as they were.
     *x
         All arguments of ``func``: tensors, containers of tensors, and constants.

@@ -1,7 +1,7 @@
 """Per-example gradients: from a model and a batch to factored rows."""
 
 from fimkit.gradients.engine import UNSEEN, GradientEngine
-from fimkit.gradients.groups import BatchGradients, GroupGradients
+from fimkit.gradients.groups import BatchGradients, GroupGradients, TokenGradients
 from fimkit.gradients.modes import (
     AmbientAutocast,
     EvaluationTurns,
@@ -20,6 +20,7 @@ __all__ = [
     "GradientEngine",
     "GroupGradients",
     "Objective",
+    "TokenGradients",
     "differentiating",
     "evaluating",
     "unwrap",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -32,6 +33,9 @@ class Capture(TorchFunctionMode):
         The calls seen, in order.
     detached : set of str
         Parameters met by a call whose output carries no gradient.
+    dtypes : set of torch.dtype
+        What was computed in, of all that carries gradient: casts of the model's own (norms in
+        float32, as many language models have them) and autocasting show here.
     steady : bool
         Whether no call seen can move examples as the numbers in the batch say.
     """
@@ -40,6 +44,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.uses: list[Use] = []
         self.detached: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
         self.steady = True
         self._index = ParameterIndex(parameters)
 
@@ -58,6 +63,8 @@ class Capture(TorchFunctionMode):
         rule = RULES.get(func)
         use = None if rule is None else rule.match(self._index, *args, **kwargs)
         output = func(*args, **kwargs)
+        if isinstance(output, Tensor) and output.requires_grad:
+            self.dtypes.add(output.dtype)
         if use is None:
             return output
         if not output.requires_grad:

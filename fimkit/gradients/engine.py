@@ -46,7 +46,10 @@ _DEPENDENT = (
 
 @dataclass
 class _Pass:
-    """One forward pass: the scalars, by column and stacked, and what was captured on the way."""
+    """One forward pass: the scalars, by column and stacked, and what was captured on the way.
+
+    The precision is the coarsest dtype that it computed in.
+    """
 
     batch: Any
     labels: list[Any]
@@ -56,6 +59,7 @@ class _Pass:
     mask: Tensor | None
     uses: list[Use]
     graph: frozenset[tuple[Any, int]]
+    precision: torch.dtype
     steady: bool
 
     @property
@@ -166,6 +170,11 @@ class GradientEngine:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
 
+    def regroup(self) -> None:
+        """Pair weights and biases anew in the next batch, without those that fell back so far."""
+        self._groups = None
+        self._layouts.clear()
+
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         versions = [tensor._version for tensor in tensors(batch)]
         with self._autocast.restored(), Capture(self._parameters) as capture:
@@ -191,8 +200,18 @@ class GradientEngine:
         else:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
+        precision = max(capture.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         return _Pass(
-            batch, labels, columns, scalars, weights, mask, capture.uses, graph, capture.steady
+            batch,
+            labels,
+            columns,
+            scalars,
+            weights,
+            mask,
+            capture.uses,
+            graph,
+            precision,
+            capture.steady,
         )
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
@@ -211,14 +230,14 @@ class GradientEngine:
     ) -> bool:
         """Whether layouts that were found in another batch are those of this one."""
         calls = [(item.use, item.signals, item.layout) for item in _locate(run, signals, layouts)]
-        return still_fit(run.scalars, calls, self._autocast.precision)
+        return still_fit(run.scalars, calls, run.precision)
 
     def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[BatchLayout | None]:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
         """
-        check = RandomSum(run.scalars, run.uses, self._parameters, self._autocast.precision)
+        check = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
         check.refuse_infinite()
         layouts = [
             check.find(i, use, signal)
@@ -296,7 +315,7 @@ class GradientEngine:
         for i in (0, run.shape[0] - 1):
             own = run.scalars[i : i + 1]
             alone = self._fallback.alone(i, run.batch, run.labels, run.shape[0])
-            if not any(scalars is None or same_scalars(scalars, own) for scalars in alone):
+            if not any(s is None or same_scalars(s, own, run.precision) for s in alone):
                 raise IFVPUsageError(
                     f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
                     "the dependence."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.layout import BatchLayout, TokenLayout
 from fimkit.gradients.pairing import Group
 from fimkit.gradients.rules import EmbeddingUse, Examples, MatrixUse, Use
 from fimkit.operators import (
@@ -24,7 +25,7 @@ from fimkit.operators import (
 )
 from fimkit.operators.memory import chunks, working_set
 
-__all__ = ["BatchGradients", "GroupGradients", "Located"]
+__all__ = ["BatchGradients", "GroupGradients", "Located", "TokenGradients"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Located:
     use: Use
     signals: Tensor
     layout: BatchLayout
+
+    def tokens(self, n: int) -> int | None:
+        """Return how many tokens each of n examples has here, None where positions are none."""
+        return self.layout.tokens(self.use.lead, n)
+
+    def by_token(self, n: int) -> Located:
+        """Return the same with every token of n examples as an example of its own."""
+        return replace(self, layout=TokenLayout(self.layout.axis, self.layout.inner, n))
 
 
 class GroupGradients:
@@ -174,6 +183,33 @@ class GroupGradients:
             parts[0].vocabulary,
         )
 
+    def by_token(self, tokens: int) -> tuple[list[GroupGradients], list[GroupGradients]]:
+        """Divide the gradients, call by call, into what tokens contribute and the rest.
+
+        Parameters
+        ----------
+        tokens : int
+            How many an example has.
+
+        Returns
+        -------
+        split : list of GroupGradients
+            Of calls that meet that many: ``n * tokens`` gradients each, example by example.
+        whole : list of GroupGradients
+            The rest, of n examples.
+        """
+        if self.given is not None:
+            return [], [self]
+        of_tokens = [call for call in self.calls if call.tokens(self.n) == tokens]
+        others = [call for call in self.calls if call.tokens(self.n) != tokens]
+        shape, like = (self.n * tokens, self.c), self._like
+        split = [
+            GroupGradients(self.group, self.columns, shape, like, [call.by_token(self.n)])
+            for call in of_tokens  # one by one: of each, rows have a form of their own
+        ]
+        whole = GroupGradients(self.group, self.columns, (self.n, self.c), like, others)
+        return split, [whole] if others else []
+
     def dense(self, part: slice) -> Tensor:
         """Return the rows of some examples from the calls, shape ``(m, c, width)``."""
         columns = []
@@ -231,6 +267,38 @@ class BatchGradients:
         groups = [(group.columns, group.rows()) for group in self.groups]
         return RowMatrix(groups, self.size, self.weights)
 
+    def by_token(self) -> TokenGradients:
+        """Return the rows divided into what each token contributes to them, and the rest.
+
+        Layers that do not meet the same number of tokens have the rest: the number is that of most
+        parameters, among those that meet several.
+        """
+        sizes: Counter[int] = Counter()
+        for group in self.groups:
+            for count in {call.tokens(self.n) for call in group.calls}:
+                if count is not None:
+                    sizes[count] += group.columns.size
+        several = [count for count in sizes if count > 1]
+        tokens = max(several, key=lambda count: (sizes[count], count), default=1)
+        split: list[tuple[Columns, Rows]] = []
+        whole: list[tuple[Columns, Rows]] = []
+        divided: dict[str, bool | None] = {}
+        for group in self.groups:
+            if group.empty:
+                continue
+            of_tokens, rest = group.by_token(tokens)
+            split += [(group.columns, part.rows()) for part in of_tokens]
+            whole += [(group.columns, part.rows()) for part in rest]
+            known = group.given is None
+            divided.update(dict.fromkeys(group.group.names, not rest if known else None))
+        n, c = self.scalars.shape
+        every = Columns((slice(0, self.size),))
+        split = split or [(every, ZeroRows((n * tokens, c, self.size), self.scalars))]
+        whole = whole or [(every, ZeroRows((n, c, self.size), self.scalars))]
+        return TokenGradients(
+            tokens, RowMatrix(split, self.size), RowMatrix(whole, self.size), divided
+        )
+
     def is_finite(self) -> Tensor:
         """Whether losses and gradients are finite, as a tensor, so that nothing waits for it."""
         checked = [call.signals for group in self.groups for call in group.calls]
@@ -238,6 +306,29 @@ class BatchGradients:
         # One NaN or infinity makes its sum NaN or infinite, in one pass without temporaries.
         sums = [tensor.sum().to(self.scalars.device) for tensor in (self.scalars, *checked)]
         return torch.stack([total.isfinite() for total in sums]).all()
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """The gradients of a batch, divided into what each token contributes and the rest.
+
+    Attributes
+    ----------
+    count : int
+        Tokens of each example, T.
+    split : RowMatrix
+        Rows of ``n * T`` tokens, example by example; several may be of the same parameters.
+    whole : RowMatrix
+        Rows of n examples: what cannot be divided.
+    divided : dict of str to bool or None
+        Whether the tokens' rows make up all of a parameter's, that was met. None where its
+        gradient was not taken from its calls.
+    """
+
+    count: int
+    split: RowMatrix
+    whole: RowMatrix
+    divided: dict[str, bool | None]
 
 
 def _common_layout(group: Group, calls: Sequence[Located]) -> MatrixLayout | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["BatchLayout", "candidate_layouts"]
+__all__ = ["BatchLayout", "TokenLayout", "candidate_layouts"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,37 @@ class BatchLayout:
             shape = (*lead[: self.axis], *pair, *lead[self.axis + 1 :], *features)
             tensor = tensor.reshape(shape).movedim(self.axis + self.inner, 0)
         return tensor.reshape(batch, positions, *features)
+
+    def tokens(self, lead: tuple[int, ...], batch: int) -> int | None:
+        """Return how many tokens each example has, None where its positions are no tokens.
+
+        Tokens are along one dimension that holds nothing else, or all in one, example by example;
+        heads and windows are not.
+        """
+        others = lead if self.axis is None else (*lead[: self.axis], *lead[self.axis + 1 :])
+        merged = self.axis is not None and lead[self.axis] != batch
+        if sum(size != 1 for size in others) + merged > 1:
+            return None
+        return math.prod(lead) // batch
+
+
+@dataclass(frozen=True)
+class TokenLayout(BatchLayout):
+    """A layout by which every token counts as an example, with one position.
+
+    Parameters
+    ----------
+    axis, inner
+        Of the layout of the examples that the tokens are of.
+    examples : int
+        Their number.
+    """
+
+    examples: int = 1
+
+    def split(self, tensor: Tensor, lead: tuple[int, ...], batch: int) -> Tensor:
+        """Return a ``(*lead, *features)`` tensor as ``(batch, 1, *features)``, by example."""
+        return super().split(tensor, lead, self.examples).flatten(0, 1)[:, None]
 
 
 def candidate_layouts(lead: tuple[int, ...], batch: int) -> list[BatchLayout]:

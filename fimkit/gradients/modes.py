@@ -57,11 +57,6 @@ class AmbientAutocast:
             if torch.is_autocast_enabled(kind)
         ]
 
-    @property
-    def precision(self) -> torch.dtype | None:
-        """The dtype that the model's products are computed in, None without autocasting."""
-        return self._enabled[-1][1] if self._enabled else None
-
     def restored(self) -> ExitStack:
         """Return a context with the autocasting that was in force."""
         stack = ExitStack()

@@ -14,6 +14,7 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
+from fimkit.operators.memory import float32_is_exact
 
 __all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
 
@@ -25,7 +26,7 @@ _COARSE_TOLERANCE = 5e-2
 def still_fit(
     scalars: Tensor,
     calls: Sequence[tuple[Use, Tensor, BatchLayout]],
-    precision: torch.dtype | None,
+    precision: torch.dtype,
 ) -> bool:
     """Whether layouts that were found in other batches hold in this one.
 
@@ -37,7 +38,7 @@ def still_fit(
     scalars : Tensor of shape (B, c)
     calls : sequence of (Use, Tensor, BatchLayout)
         Calls with their signals ``(c, *output shape)``.
-    precision : torch.dtype, optional
+    precision : torch.dtype
         As for `RandomSum`.
     """
     n = len(scalars)
@@ -55,7 +56,7 @@ def still_fit(
     for observed, (use, signals, layout) in zip(found, calls, strict=True):
         if observed is None:
             continue
-        tolerance = max(_tolerance(d) for d in {observed.dtype, precision or observed.dtype})
+        tolerance = max(_tolerance(d) for d in {observed.dtype, precision})
         direction = _direction(observed, len(use.lead))
         one, *each = (
             layout.split(tensor.reshape(*use.lead, -1) @ direction, use.lead, n)
@@ -92,8 +93,8 @@ class RandomSum:
         Captured calls.
     parameters : mapping of str to Tensor
         The tracked parameters.
-    precision : torch.dtype, optional
-        The coarsest dtype in which the model computes, where that is not its parameters'.
+    precision : torch.dtype
+        The coarsest dtype in which the model computes.
 
     Attributes
     ----------
@@ -106,9 +107,9 @@ class RandomSum:
         scalars: Tensor,
         uses: Sequence[Use],
         parameters: Mapping[str, Tensor],
-        precision: torch.dtype | None = None,
+        precision: torch.dtype,
     ) -> None:
-        self._precision = set() if precision is None else {precision}
+        self._precision = precision
         self.guessed = False
         self.coefficients = _coefficients(scalars)
         inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
@@ -143,7 +144,7 @@ class RandomSum:
         if signals is None or observed is None or not size:
             self.guessed = True
             return candidates[0] if candidates else BatchLayout(None)
-        tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, *self._precision})
+        tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, self._precision})
         weights = self.coefficients.to(signals)
         fitting: list[tuple[float, BatchLayout]] = []
         for layout in candidates:
@@ -182,7 +183,7 @@ class RandomSum:
         for group, (total, bound) in zip(gradients.groups, found, strict=True):
             group.columns.put(sums[None], total)
             group.columns.put(magnitudes[None], bound)
-        dtypes = {gradient.dtype for gradient in self._parameters.values()} | self._precision
+        dtypes = {gradient.dtype for gradient in self._parameters.values()} | {self._precision}
         tolerance = max(_tolerance(dtype) for dtype in (*dtypes, sums.dtype))
         floor = min(tolerance, 100 * max(torch.finfo(dtype).eps for dtype in dtypes))
         everything = sum(_norm(gradient) ** 2 for gradient in self._parameters.values()) ** 0.5
@@ -246,17 +247,17 @@ def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, in
     return frozenset(counts.items())
 
 
-def same_scalars(one: Tensor, other: Tensor) -> bool:
-    """Whether two computations of the same scalars agree, up to the rounding of their dtype."""
+def same_scalars(one: Tensor, other: Tensor, precision: torch.dtype) -> bool:
+    """Whether two computations of the same scalars agree, up to the rounding of their dtypes."""
     if one.shape != other.shape:
         return False
-    tolerance = 10 * _tolerance(other.dtype)
+    tolerance = 10 * max(_tolerance(dtype) for dtype in (other.dtype, precision))
     scale = other.abs().max().clamp(min=1)
     return bool(((one - other).abs() <= tolerance * scale).all())
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and not float32_is_exact():
         return _COARSE_TOLERANCE
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 

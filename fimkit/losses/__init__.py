@@ -21,6 +21,7 @@ from torch import nn
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.losses.base import CallableLoss, Loss, Uniforms
+from fimkit.losses.language import CausalLanguageModel
 from fimkit.losses.likelihoods import BinaryCrossEntropy, CrossEntropy, SquaredError
 from fimkit.losses.measurements import measured
 from fimkit.losses.modules import ModuleLoss
@@ -37,6 +38,7 @@ __all__ = [
 
 LOSSES: dict[str, type[Loss]] = {
     "bce": BinaryCrossEntropy,
+    "causal_lm": CausalLanguageModel,
     "cross_entropy": CrossEntropy,
     "mse": SquaredError,
 }
@@ -47,7 +49,7 @@ def resolve_loss(loss: Any) -> Loss:
 
     Parameters
     ----------
-    loss : {"cross_entropy", "mse", "bce"}, Loss, torch.nn.Module or callable
+    loss : {"cross_entropy", "causal_lm", "mse", "bce"}, Loss, torch.nn.Module or callable
 
     Raises
     ------

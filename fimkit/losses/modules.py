@@ -32,7 +32,7 @@ class ModuleLoss(Loss):
     Its reduction, weights and smoothing are its own: `torch.nn.MSELoss` averages over an
     example's outputs and has no ½. Kinds of Fisher other than the empirical need a module that
     is a negative log-likelihood: one without weights or label smoothing, and, where it averages,
-    with a single term per example (a mean of several log-likelihoods is none; `MSELoss` is, with
+    with a single term per example (a mean of several log-likelihoods is none; ``MSELoss`` is, with
     another variance).
 
     Parameters

@@ -44,6 +44,15 @@ class Operator(ABC):
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
 
+    def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
+        out = torch.empty(rows.shape, dtype=dtype, device=self.device)
+        start = 0
+        for part in rows.dense_parts(dtype):
+            out[start : start + len(part)] = self.solve(part, damping)
+            start += len(part)
+        return out
+
     @abstractmethod
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""

@@ -44,6 +44,15 @@ class BlockDiagonalOperator(Operator):
             columns.put(out, operator.solve(columns.take(vectors), value))
         return out
 
+    def solve_rows(
+        self, rows: RowMatrix, damping: float | Sequence[float], dtype: torch.dtype
+    ) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
+        out = torch.empty(rows.shape, dtype=dtype, device=self.device)
+        for (columns, operator), value in self._damped(damping):
+            columns.put(out, operator.solve_rows(rows.block(columns), value, dtype))
+        return out
+
     def inverse_quadratic(
         self, vectors: Tensor | RowMatrix, damping: float | Sequence[float]
     ) -> Tensor:

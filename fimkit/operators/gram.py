@@ -67,13 +67,17 @@ class GramOperator(Operator):
 
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
-        self._check(damping)
-        coefficients = self._cholesky.solve(self._project(vectors).T, damping).T * self._scale
+        coefficients = self._coefficients(vectors, damping)
         out = vectors / damping
         for some, columns, values in self.rows.combine(coefficients):
             torch.sub(vectors[some, columns], values, out=values)
             out[some, columns] = values.div_(damping)
         return out
+
+    def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
+        coefficients = self._coefficients(rows, damping)
+        return rows.less(self.rows.combine, coefficients, dtype).div_(damping)
 
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
@@ -112,6 +116,11 @@ class GramOperator(Operator):
         out = self.rows.outer(self._scale)
         out.diagonal().add_(damping)
         return out
+
+    def _coefficients(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
+        """Return the combinations of rows that vectors lose when solving, shape ``(k, r)``."""
+        self._check(damping)
+        return self._cholesky.solve(self._project(vectors).T, damping).T * self._scale
 
     def _project(self, vectors: Tensor | RowMatrix) -> Tensor:
         if isinstance(vectors, RowMatrix):

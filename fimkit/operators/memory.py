@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["BUDGET", "accumulation_dtype", "chunks", "working_set"]
+__all__ = ["BUDGET", "accumulation_dtype", "chunks", "float32_is_exact", "working_set"]
 
 #: Bytes that the temporaries of one chunk may take.
 BUDGET = 64 * 2**20
@@ -45,3 +45,15 @@ def working_set(device: torch.device) -> int:
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device that has no float64 (MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def float32_is_exact(device: torch.device | None = None) -> bool:
+    """Return whether products of float32 matrices have float32's precision.
+
+    PyTorch may be told to take TF32 or bfloat16 for them, or, on a device, to cast automatically.
+    """
+    try:
+        highest = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # each backend has been told something of its own
+        return False
+    return highest and not (device is not None and torch.is_autocast_enabled(device.type))

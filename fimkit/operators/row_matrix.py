@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import BUDGET, chunks
 from fimkit.operators.rows import Rows, join_rows
 
 __all__ = ["Columns", "RowMatrix", "join_weights", "squared_norms"]
+
+#: From coefficients to combinations of rows, piece by piece: see `RowMatrix.combine`.
+Combination = Callable[[Tensor], Iterator[tuple[slice, slice, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,29 @@ class RowMatrix:
         groups = [(columns, rows.examples(part)) for columns, rows in self.groups]
         weights = None if self.weights is None else self.weights[part]
         return RowMatrix(groups, self.size, weights)
+
+    def less(self, combine: Combination, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the rows less combinations of others, subtracted before they are rounded.
+
+        Parameters
+        ----------
+        combine : callable
+            From ``(k, r)`` coefficients to combinations, as `combine`.
+        coefficients : Tensor of shape (n * c, r)
+            In the precision of the subtraction.
+        dtype : torch.dtype
+            Of the result, shape ``(n * c, p)``.
+        """
+        out = torch.empty(self.shape, dtype=dtype, device=coefficients.device)
+        each = self.c * self.size * coefficients.element_size()
+        # Every part reads all that is combined, so parts are larger than those of other loops.
+        for part in chunks(self.n, each, budget=8 * BUDGET):
+            here = slice(part.start * self.c, part.stop * self.c)
+            rows = self.dense(part, coefficients.dtype)
+            for some, columns, values in combine(coefficients[here]):
+                rows[some, columns] -= values
+            out[here] = rows
+        return out
 
     def block(self, columns: Columns) -> RowMatrix:
         """Return the rows of the groups that lie in ``columns``, numbered within them."""

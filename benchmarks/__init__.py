@@ -1,0 +1,1 @@
+"""fimkit beside other libraries and beside what the machine allows: ``python -m benchmarks``."""
