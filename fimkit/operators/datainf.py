@@ -143,7 +143,7 @@ class DataInfOperator(Operator):
 
     def _is_narrow(self, vectors: Tensor) -> bool:
         """Whether float32 holds rows and vectors, and its products err by roundings of v only."""
-        dtypes = [vectors.dtype, *(rows.dtype for _, rows in self.rows.groups)]
+        dtypes = [vectors.dtype, *self.rows.dtypes]
         # Rows taken together may nearly cancel in their directions, which magnifies roundings.
         return (
             self._rotation is None

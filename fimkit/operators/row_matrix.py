@@ -187,6 +187,11 @@ class RowMatrix:
         for part in chunks(self.n, self.c * self.size * dtype.itemsize):
             yield self.dense(part, dtype)
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """What rows are stored in."""
+        return {rows.dtype for _, rows in self.groups}
+
     def outer(self, scale: Tensor, rotation: Tensor | None = None) -> Tensor:
         """Sum of the outer products of scaled rows, shape ``(p, p)``, in the dtype of the scale.
 

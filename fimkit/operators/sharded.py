@@ -59,6 +59,11 @@ class ShardedRowMatrix(RowMatrix):
             "neither pickled nor copied; call save(path) on all ranks, and load the file."
         )
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """What rows are stored in, on this rank as on the others."""
+        return self._own.dtypes
+
     def gram(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Inner products of all pairs of unweighted rows, shape ``(n * c, n * c)``."""
         gram = torch.zeros((self.n * self.c,) * 2, dtype=dtype, device=device)
