@@ -25,6 +25,17 @@ __all__ = ["read", "write"]
 
 VERSION = 1
 
+# What contents that nothing wrote may raise.
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+)
+
 _DTYPES = {
     "BF16": torch.bfloat16,
     "BOOL": torch.bool,
@@ -108,7 +119,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             description = _described(file)
             metadata = description.pop("__metadata__")
             known = metadata["format"] == "fimkit"
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except _DAMAGE:
             known = False
         if not known:
             raise IFVPUsageError(
@@ -127,7 +138,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             return header, _tensors(file, description)
         except IFVPUsageError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             raise IFVPUsageError(f"{str(path)!r} is damaged: {error}.") from error
 
 

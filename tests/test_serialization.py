@@ -309,8 +309,9 @@ def other_size(description, header):
     header["fitted"]["items"] = [[k, 7 if k == "n_features_in_" else v] for k, v in items]
 
 
-def other_header(description, header):
-    description["__metadata__"]["header"] = "{"
+def endless_shape(description, header):
+    description["none"] = {"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]}
+    description.update({name: description.pop(name) for name in [*description] if name != "none"})
 
 
 def lost_attribute(description, header):
@@ -326,6 +327,7 @@ def lost_attribute(description, header):
         (other_shape, "is damaged.*is said to be bytes"),
         (turned_shape, "is damaged.*shapes of a EigenKroneckerOperator do not fit"),
         (negative_shape, r"is damaged.*has the shape \[-1"),
+        (endless_shape, "is damaged"),
         (other_dtype, "is damaged"),
         (overlap, "is damaged.*bytes 0 to 8"),
         (lost_tensor, "is damaged.*lost"),
@@ -344,6 +346,13 @@ def test_damaged_files_are_refused(saved, change, message):
     changed(saved, change)
     with pytest.raises(IFVPUsageError, match=message):
         fimkit.load(saved)
+
+
+def test_descriptions_without_end_are_refused(tmp_path):
+    path, nested = tmp_path / "nested", b"[" * 100_000
+    path.write_bytes(len(nested).to_bytes(8, "little") + nested)
+    with pytest.raises(IFVPUsageError, match="no file of fimkit"):
+        fimkit.load(path)
 
 
 def test_what_cannot_be_saved(tmp_path):
