@@ -17,8 +17,8 @@ class Problem:
     """A classifier, its training examples, queries, and what is asked for.
 
     ``vectors`` are the queries' gradients, flat, in the order of ``model.parameters()``, and
-    ``damping`` is 0.1 trace(F) / p of a few examples; both are chosen unless given. Every parameter
-    lies in a Linear or a Conv2d with a bias.
+    ``damping`` is 0.1 trace(F) / p of the hardest examples; both are chosen unless given. Every
+    parameter lies in a Linear or a Conv2d with a bias.
     """
 
     model: nn.Module
@@ -35,7 +35,10 @@ class Problem:
         if self.vectors is None:
             self.vectors = gradients(self.model, *self.queries)
         if self.damping is None:
-            some = gradients(self.model, self.x[:16], self.y[:16])
+            with torch.no_grad():
+                losses = cross_entropy(self.model(self.x), self.y, reduction="none")
+            hardest = losses.topk(min(16, len(losses))).indices
+            some = gradients(self.model, self.x[hardest], self.y[hardest])
             self.damping = 0.1 * some.square().mean().item()
 
     @property
