@@ -75,8 +75,8 @@ def test_references_are_the_definition(problem):
     traces = torch.stack([g.square().sum((1, 2)).mean() for g in problem.matrices(rows).values()])
     found = by_hand.ekfac(problem).run()
     torch.testing.assert_close(found["trace"], traces, rtol=1e-10, atol=0)
-    damped = rows.T @ rows / len(rows) + problem.damping * torch.eye(problem.size)
-    exact = torch.linalg.solve(damped.double(), problem.vectors.T).T
+    damped = rows.T @ rows / len(rows) + problem.damping * torch.eye(problem.size, dtype=rows.dtype)
+    exact = torch.linalg.solve(damped, problem.vectors.T).T
     for method in (by_hand.dense, by_hand.gram):
         torch.testing.assert_close(method(problem).run()["product"], exact, rtol=1e-7, atol=1e-9)
     closed, loop = (m(problem).run()["product"] for m in (by_hand.datainf, by_hand.datainf_loop))
