@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fimkit.estimators import ekfac as estimators
+from fimkit.estimators import parts
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from tests import kronecker_reference as kronecker
 from tests import reference
@@ -96,7 +96,7 @@ def test_diagonal(name, fisher):
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_diagonals_outside_layers(name, method, monkeypatch):
     """As for large parameters; the approximation's diagonal is that of its dense form."""
-    monkeypatch.setattr(estimators, "_DENSE_BLOCK", 0)
+    monkeypatch.setattr(parts, "_DENSE_BLOCK", 0)
     settings, batches, rows = exact_rows(name, "empirical")
     fitted = method(**settings).fit(BY_NAME[name].model(), batches)
     for key, (columns, operator) in blocks_of(fitted).items():
