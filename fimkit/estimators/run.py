@@ -312,8 +312,7 @@ class Run:
             leave=False,
         )
         for i, (indices, batch) in progress:
-            if self.checkpoint is not None:
-                self._check_again(i, batch)
+            self._check_again(i, batch)
             uniforms = ExampleUniforms(
                 self.settings.seed, before if indices is None else indices, self._numbering
             )

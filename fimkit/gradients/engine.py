@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,13 @@ class _Pass:
         return n > 1, self.graph, leading, tuple((use.key, use.repeats(n)) for use in self.uses)
 
 
+class _Found(NamedTuple):
+    """Where the examples of each call are; guessed where a call had no gradient to tell."""
+
+    layouts: list[BatchLayout | None]
+    guessed: bool
+
+
 class GradientEngine:
     """Computes the rows of batches for one model, objective and selection of parameters.
 
@@ -121,8 +128,7 @@ class GradientEngine:
         self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
-        self._layouts: dict[Any, list[BatchLayout | None]] = {}
-        self._seen: set[Any] = set()  # keys of layouts that gradients at every call have shown
+        self._found: dict[Any, _Found] = {}
         self.coverage = dict.fromkeys(space.shapes, UNSEEN)
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,19 +167,17 @@ class GradientEngine:
             use.own_input(shared)
         signals = self._signals(run)
         key = run.key
-        layouts = self._layouts.get(key)
-        # What decides where examples are may be in the data.
-        settled = run.steady and key in self._seen
-        if layouts is None or not (settled or self._hold(layouts, run, signals)):
-            layouts = self._layouts[key] = self._verify(run, signals)
+        found = self._found.get(key)
+        if found is None or not self._holds(found, run, signals):
+            found = self._found[key] = self._verify(run, signals)
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
-        return self._collect(run, _locate(run, signals, layouts), self._fallback_rows(run))
+        return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
 
     def regroup(self) -> None:
         """Pair weights and biases anew in the next batch, without those that fell back so far."""
         self._groups = None
-        self._layouts.clear()
+        self._found.clear()
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         versions = [tensor._version for tensor in tensors(batch)]
@@ -225,14 +229,16 @@ class GradientEngine:
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _hold(
-        self, layouts: list[BatchLayout | None], run: _Pass, signals: list[Tensor | None]
-    ) -> bool:
+    def _holds(self, found: _Found, run: _Pass, signals: list[Tensor | None]) -> bool:
         """Whether layouts that were found in another batch are those of this one."""
-        calls = [(item.use, item.signals, item.layout) for item in _locate(run, signals, layouts)]
+        if run.steady and not found.guessed:
+            return True
+        # What decides where examples are may be in the data.
+        located = _locate(run, signals, found.layouts)
+        calls = [(item.use, item.signals, item.layout) for item in located]
         return still_fit(run.scalars, calls, run.precision)
 
-    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> list[BatchLayout | None]:
+    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> _Found:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
@@ -243,8 +249,6 @@ class GradientEngine:
             check.find(i, use, signal)
             for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
         ]
-        if not check.guessed:
-            self._seen.add(run.key)
         for use, layout in zip(run.uses, layouts, strict=True):
             if layout is None:
                 self._fallback_names.update(use.names)
@@ -269,7 +273,7 @@ class GradientEngine:
         for use in run.uses:
             for name in set(use.names) - self._fallback_names:
                 self.coverage[name] = use.description
-        return layouts
+        return _Found(layouts, check.guessed)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""
