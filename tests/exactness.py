@@ -116,7 +116,7 @@ def _check_ekfac(ekfac, kfac, model, rows, batch, example_loss, tolerance):
         module.training = training
     left = torch.ones(len(F), dtype=torch.bool)
     kinds = {}
-    (fine, coarse) = (_blocks(fitted) for fitted in (ekfac, kfac))
+    (fine, coarse) = (blocks_of(fitted) for fitted in (ekfac, kfac))
     for name, (here, operator) in fine.items():
         left[here] = False
         block, exact = operator.to_dense(), F[here[:, None], here]
@@ -142,8 +142,8 @@ def _check_ekfac(ekfac, kfac, model, rows, batch, example_loss, tolerance):
     assert kinds, "no layer was Kronecker-factored"
 
 
-def _blocks(fitted):
-    """Return where each block's parameters lie in the flat vector, and its operator."""
+def blocks_of(fitted):
+    """Return where each block's parameters lie in the flat vector, and its operator, by name."""
     fisher = fitted.fisher_
     if not isinstance(fisher, BlockDiagonalOperator):
         return {next(iter(fitted.eigenvalues_)): (torch.arange(fisher.size), fisher)}

@@ -15,7 +15,6 @@ from torch import nn
 from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.losses import CrossEntropy
-from fimkit.operators import BlockDiagonalOperator
 from fimkit.statistics import kronecker as statistics
 from fimkit.statistics import sides
 from tests import kronecker_reference as kronecker
@@ -35,6 +34,7 @@ from tests.cases import (
     tied_layers,
     tokens,
 )
+from tests.exactness import blocks_of
 from tests.kronecker_reference import Conv1D
 from tests.state import unchanged
 
@@ -269,17 +269,6 @@ def scalars_of(case, settings, n_batches, classes=-1):
 def examples_of(case, n=N):
     batch = case.batch(n)
     return [reference.take(batch, [i], case.dim) for i in range(n)]
-
-
-def blocks_of(fitted):
-    """Return where each block's parameters lie in the flat vector, and its operator, by name."""
-    fisher = fitted.fisher_
-    if not isinstance(fisher, BlockDiagonalOperator):
-        return {next(iter(fitted.eigenvalues_)): (torch.arange(fisher.size), fisher)}
-    return {
-        name: (torch.cat([torch.arange(s.start, s.stop) for s in columns.parts]), operator)
-        for name, (columns, operator) in fisher.blocks.items()
-    }
 
 
 def difference(found, expected):
