@@ -102,7 +102,7 @@ def parser():
     add = arguments.add_argument
     add("--list", action="store_true", help="name everything there is, and stop")
     add("--case", nargs="+", metavar="PATTERN", help="cases, by names or shell patterns")
-    add("--library", nargs="+", metavar="PATTERN", help="libraries, likewise")
+    add("--library", dest="libraries", nargs="+", metavar="PATTERN", help="libraries, likewise")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--repeats", type=int, help="counted runs of each (default: 5, with --quick 2)")
     add("--quick", action="store_true", help="small sizes")
@@ -141,7 +141,7 @@ def main(argv=None):
     if "cases" in args.parts:
         results["cases"] = []
         for case in cases:
-            libraries = chosen_libraries(case, args.library, missing)
+            libraries = chosen_libraries(case, args.libraries, missing)
             if not (case.compared and libraries):
                 continue
             heading(case.name)

@@ -102,15 +102,15 @@ def ekfac_seconds(setting, rates, devices=1):
 
 
 def rows_seconds(method, setting, rates):
-    """Seconds of fit and use of DataInf and of the dual, whose arithmetic is float64."""
+    """Seconds of fit and use of DataInf and of the dual, whose arithmetic alone is float64."""
     layers = [layer for layer, count in setting.layers for _ in range(count)]
     fit = pass_flops(setting) / rates.passes
     if method == "datainf":
-        work = datainf_transform(layers, setting.n, setting.k, "float64")
+        work, rate = datainf_transform(layers, setting.n, setting.k, "float32"), rates.products
     else:
         fit += sum(dual_fit(layers, setting.n, "float64").flops.values()) / rates.wide
-        work = dual_solve(layers, setting.n, setting.k, "float64")
-    return {"pass": fit, "use": sum(work.flops.values()) / rates.wide}
+        work, rate = dual_solve(layers, setting.n, setting.k, "float64"), rates.wide
+    return {"pass": fit, "use": sum(work.flops.values()) / rate}
 
 
 # -- memory --------------------------------------------------------------------------------------

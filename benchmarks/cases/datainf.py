@@ -1,11 +1,11 @@
 """DataInf: fit, and k vectors times the mean over examples of the damped inverse, layer by layer.
 
-One lambda for all layers, as dattri takes one. fimkit keeps gradients as float32 factors and
-computes in float64, which its floor is counted in; the others compute in float32.
+One lambda for all layers, as dattri takes one. Products are float32 in all, fimkit's but for
+vectors that little is left of.
 """
 
 from benchmarks import by_hand, peers
-from benchmarks.cases.base import Case, Curve
+from benchmarks.cases.base import Case, Curve, dtype_of
 from benchmarks.problems import mlp
 from benchmarks.work import Work, datainf_transform, layers_of
 
@@ -15,7 +15,7 @@ def works(problem):
     n, k = len(problem.x), len(problem.vectors)
     return {
         "fit": Work(passes=1.0),
-        "transform": datainf_transform(layers, n, k, "float64"),
+        "transform": datainf_transform(layers, n, k, dtype_of(problem)),
     }
 
 
