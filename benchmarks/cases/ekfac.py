@@ -1,4 +1,4 @@
-"""EK-FAC: its fit, and its inverse times vectors (apply), for three kinds of network.
+"""EK-FAC: its fit and first product with a vector, for three kinds of network, and many products.
 
 Float32 and the empirical Fisher. "fimkit, lean" keeps nothing between the passes
 (``cache_budget=0``), so that the model runs twice, as in curvlinops and kronfluence. curvlinops and
@@ -37,30 +37,30 @@ CASES = (
         "ekfac-mlp",
         "EK-FAC of an MLP 784-1024-1024-10",
         mlp,
-        {"n": 4096, "k": 16, "widths": WIDTHS},
-        {"n": 512, "k": 4, "widths": (196, 256, 256, 10)},
+        {"n": 4096, "k": 1, "widths": WIDTHS},
+        {"n": 512, "k": 1, "widths": (196, 256, 256, 10)},
     ),
     ekfac_case(
         "ekfac-mlp-256",
-        "the same with few enough examples for every library",
+        "the same with few enough examples for every library, and many vectors",
         mlp,
-        {"n": 256, "k": 16, "widths": WIDTHS},
+        {"n": 256, "k": 32, "widths": WIDTHS},
         {"n": 64, "k": 4, "widths": (196, 128, 10)},
     ),
     ekfac_case(
         "ekfac-transformer",
         "EK-FAC of a transformer encoder of 4 blocks",
         transformer,
-        {"n": 256, "k": 16, "width": 256, "positions": 64},
-        {"n": 32, "k": 4, "width": 64, "positions": 16},
+        {"n": 256, "k": 1, "width": 256, "positions": 64},
+        {"n": 32, "k": 1, "width": 64, "positions": 16},
         left_out=SEQUENCES,
     ),
     ekfac_case(
         "ekfac-cnn",
         "EK-FAC of three convolutions on 3x32x32 images",
         cnn,
-        {"n": 1024, "k": 16},
-        {"n": 64, "k": 4, "channels": (8, 16, 16)},
+        {"n": 1024, "k": 1},
+        {"n": 64, "k": 1, "channels": (8, 16, 16)},
     ),
     Case(
         "ekfac-growth",

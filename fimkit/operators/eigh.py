@@ -101,30 +101,41 @@ def eigh_all(matrices: Mapping[str, Tensor], ranks: Ranks) -> dict[str, tuple[Te
 
 
 def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Eigendecompose matrices, on CPU each on a thread of its own, and overwrite them."""
+    """Eigendecompose matrices, on CPU each on one thread, and overwrite them."""
+    solved: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def overwrite(matrix: Tensor, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        eigenvalues, vectors = found
-        return eigenvalues.to(matrix.dtype), matrix.copy_(vectors)
-
-    def one(name: str) -> tuple[Tensor, Tensor]:
-        return overwrite(matrices[name], _on_cpu(matrices[name]))
+    def overwrite(name: str, found: tuple[Tensor, Tensor]) -> None:
+        matrix, (eigenvalues, vectors) = matrices[name], found
+        solved[name] = eigenvalues.to(matrix.dtype), matrix.copy_(vectors)
 
     if any(matrix.device.type != "cpu" for matrix in matrices.values()):
-        return {name: overwrite(matrix, eigh(matrix)) for name, matrix in matrices.items()}
-    order = sorted(matrices, key=lambda name: -matrices[name].shape[-1])
+        for name, matrix in matrices.items():
+            overwrite(name, eigh(matrix))
+        return solved
+    waiting = iter(sorted(matrices, key=lambda name: -matrices[name].shape[-1]))
+
+    def work() -> None:
+        for name in waiting:
+            overwrite(name, _on_cpu(matrices[name]))
+
+    # This thread works as well: what the allocator keeps of another one's memory, it cannot reuse.
     threads = torch.get_num_threads()
+    others = min(threads, len(matrices)) - 1
     try:
+        torch.set_num_threads(1)
         with (
             _threads(1),
             ThreadPoolExecutor(
-                threads, initializer=torch.set_num_threads, initargs=(1,)
+                max(1, others), initializer=torch.set_num_threads, initargs=(1,)
             ) as executor,
         ):
-            done = dict(zip(order, executor.map(one, order), strict=True))
+            working = [executor.submit(work) for _ in range(others)]
+            work()
+            for worker in working:
+                worker.result()
     finally:
         torch.set_num_threads(threads)
-    return {name: done[name] for name in matrices}
+    return solved
 
 
 def _on_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from fimkit.operators.base import Operator
 from fimkit.operators.cholesky import check_eigenvalues
 from fimkit.operators.factored import FactoredRows
 from fimkit.operators.layout import MatrixLayout
-from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.operators.memory import accumulation_dtype, chunks, working_set
 from fimkit.operators.row_matrix import Columns, RowMatrix
 from fimkit.operators.spectrum import EigenSpectrum, Spectrum
 
@@ -105,7 +105,8 @@ class EigenKroneckerOperator(Operator):
 
     def _scaled(self, vectors: Tensor, scale: Tensor) -> Tensor:
         out = torch.empty_like(vectors)
-        for some in chunks(vectors.shape[0], 4 * self.size * self.eigenvalues.element_size()):
+        each = 4 * self.size * self.eigenvalues.element_size()
+        for some in chunks(vectors.shape[0], each, budget=working_set(self.device)):
             rotated = self._rotate(vectors[some]).mul_(scale)
             if self.output_basis is not None:
                 rotated = self.output_basis @ rotated
