@@ -10,6 +10,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from torch.utils.data import DataLoader, default_collate
 
 from fimkit import Explicit, IFVPUsageError, ModelData, influence
 from fimkit.influence import pairwise_scores, self_influence, top_k
@@ -266,3 +267,29 @@ def test_estimators_in_other_hands():
     pairwise_scores(search.best_estimator_, data, data)
     with pytest.raises(NotFittedError):
         pairwise_scores(Explicit(), data, data)
+
+
+def test_a_collate_function_that_drops_examples():
+    """No score may belong to another example, or to none."""
+    case = BY_NAME["mlp"]
+    model, examples = case.model(), list(zip(*case.batch(), strict=True))
+    loader = DataLoader(examples, 4, collate_fn=lambda items: default_collate(items[1:]))
+    fitted = Explicit(REGULARIZATION).fit(model, loader)
+    data = ModelData(model, loader)
+    for ask in (
+        lambda: pairwise_scores(fitted, data, data),
+        lambda: top_k(fitted, data, data, 3),
+        lambda: self_influence(fitted, data),
+        lambda: fitted.transform(data),
+        lambda: Explicit(REGULARIZATION).fit(data),
+    ):
+        with pytest.raises(IFVPUsageError, match="batch 0: 4 examples of the ModelData gave 3"):
+            ask()
+
+
+def test_a_measurement_of_part_of_the_batch(scored):
+    def first_only(model, batch):
+        return sum(parameter.sum() for parameter in model.parameters())[None]
+
+    with pytest.raises(IFVPUsageError, match=r"batch 0: 2 examples .* gave 1"):
+        pairwise_scores(*scored, measurement=first_only)

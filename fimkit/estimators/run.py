@@ -323,6 +323,13 @@ class Run:
             except Exception as error:
                 error.add_note(f"in batch {i} of the data")
                 raise
+            if isinstance(self.data, ModelData) and len(indices) != gradients.n:
+                raise IFVPUsageError(
+                    f"batch {i}: {len(indices)} examples of the ModelData gave {gradients.n} "
+                    "losses or measurements, so that results would belong to other examples; a "
+                    "collate function keeps every example (leave some out by indices=), and a "
+                    "loss or measurement returns one number for each."
+                )
             before += gradients.n
             if i == len(self.sizes):
                 self.sizes.append(gradients.n)
