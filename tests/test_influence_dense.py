@@ -466,7 +466,7 @@ def test_a_constant_measurement():
 def test_errors_of_options():
     fitted, model = fitted_on("mlp", Explicit)
     data = data_of("mlp", model)
-    for normalization in ("relative", 1):
+    for normalization in ("relative", 1, np.array(["relatif", None]), np.zeros(2)):
         with pytest.raises(IFVPUsageError, match=r"normalization=.*expected None or 'relatif'"):
             influence.pairwise_scores(fitted, *data, normalization=normalization)
     with pytest.raises(IFVPUsageError, match="blocks='layers'; expected 'layer', 'parameter'"):
