@@ -207,6 +207,25 @@ def test_callable_that_calls_parts_of_the_model():
     assert set(fitted.coverage_.values()) == {"captured (linear)"}
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (randn(1, 5), randint(3, 1)),
+        (randn(1, 7, 5), randint(3, 1, 7)),  # of one sequence
+        (randn(7, 1, 5), randint(3, 7, 1)),  # positions first
+        (randn(7, 5), torch.tensor(2)),  # one example of several parts
+        (randn(7, 5), randn(2, 4)),  # a graph, with its edges
+    ],
+    ids=["rows", "sequence", "positions first", "parts", "graph"],
+)
+def test_one_loss_of_one_example(batch):
+    def loss(model, batch):
+        return model(batch[0]).square().sum()[None]
+
+    fitted = Explicit(loss=loss).fit(Shaped(3).double(), [batch] * 2)
+    assert fitted.n_samples_seen_ == 2
+
+
 class FourthPower(losses.Loss):
     """A loss of one's own, with an unusual batch."""
 

@@ -200,6 +200,7 @@ class GradientEngine:
             )
         if not scalars.shape[0]:
             raise IFVPUsageError("it has no examples; remove empty batches.")
+        self._objective.check_number(len(scalars), batch)
         if not scalars.requires_grad:
             raise IFVPUsageError(
                 "the losses do not depend on any selected parameter through autograd: the model "
