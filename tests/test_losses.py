@@ -448,7 +448,7 @@ class TestKinds:
         ids=["mse", "callable", "HuberLoss", "label smoothing", "pos_weight"],
     )
     def test_what_is_no_likelihood_is_refused(self, model, settings, message):
-        batch = randn(N, 5), randn(N, 3)
+        batch = randn(N, 5), randn(N, 3).sigmoid()
         if isinstance(settings["loss"], nn.CrossEntropyLoss):
             batch = randn(N, 5), randint(3, N)
         with pytest.raises(IFVPUsageError, match=message):

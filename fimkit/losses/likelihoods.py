@@ -19,7 +19,9 @@ __all__ = [
     "GaussianNLL",
     "PoissonNLL",
     "SquaredError",
+    "check_probabilities",
     "mean_and_variance",
+    "shaped_as",
 ]
 
 
@@ -192,6 +194,12 @@ class BinaryCrossEntropy(_Elementwise):
 
     name = "loss='bce'"
 
+    def targets(self, batch: Any) -> Any:
+        """Return the targets of a batch; refuse what is no probability."""
+        targets = super().targets(batch)
+        check_probabilities(targets, self.name)
+        return targets
+
     def _terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
 
@@ -342,17 +350,40 @@ def _matched(outputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
     outputs = _floating_output(outputs, name)
     if not isinstance(targets, Tensor):
         raise IFVPUsageError(f"{name} needs tensor targets; got {type(targets).__name__}.")
-    if outputs.shape != targets.shape:
-        if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
-            raise IFVPUsageError(
-                f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare "
-                "every output with every target)."
-            )
-        targets = targets.reshape(outputs.shape)
+    targets = shaped_as(outputs, targets, name)
     if outputs.ndim == 1:
         outputs, targets = outputs[:, None], targets[:, None]
     return outputs, targets.to(outputs.dtype)
+
+
+def shaped_as(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+    """Return targets in the shape of the outputs, from which a last 1 may be missing or more.
+
+    Raises
+    ------
+    IFVPUsageError
+        If the shapes differ otherwise, naming the loss ``name``.
+    """
+    if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
+        raise IFVPUsageError(
+            f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare every "
+            "output with every target)."
+        )
+    return targets.reshape(outputs.shape)
+
+
+def check_probabilities(targets: Any, name: str) -> None:
+    """Raise if targets of a binary cross-entropy are not from 0 to 1, naming the loss ``name``."""
+    if not isinstance(targets, Tensor):
+        return
+    rounding = 4 * torch.finfo(targets.dtype).eps if targets.is_floating_point() else 0
+    if bool(((targets < -rounding) | (targets > 1 + rounding)).any()):
+        raise IFVPUsageError(
+            f"{name} needs targets from 0 to 1; got {targets.min()} to {targets.max()}. Turn "
+            "classes of -1 and 1 into (y + 1) / 2, and give more than two classes to "
+            "loss='cross_entropy'."
+        )
 
 
 def _without_last_one(shape: torch.Size) -> torch.Size:

@@ -20,7 +20,9 @@ from fimkit.losses.likelihoods import (
     GaussianNLL,
     PoissonNLL,
     SquaredError,
+    check_probabilities,
     mean_and_variance,
+    shaped_as,
 )
 
 __all__ = ["ModuleLoss"]
@@ -61,8 +63,13 @@ class ModuleLoss(Loss):
             ) from None
 
     def targets(self, batch: Any) -> Any:
-        """Return the targets of a batch; refuse an example whose mean would be of nothing."""
+        """Return the targets of a batch; refuse what has no loss, or no likelihood.
+
+        That is an example whose mean would be of nothing, and a binary target beyond 0 and 1.
+        """
         targets = super().targets(batch)
+        if type(self._module) in _BINARY:
+            check_probabilities(targets, self.name)
         module: Any = self._module
         averages = type(module) in _IGNORING and module.reduction == "mean"
         if averages and isinstance(targets, Tensor) and not targets.dtype.is_floating_point:
@@ -134,8 +141,10 @@ class ModuleLoss(Loss):
                 f"{self.name} got outputs and targets of different numbers of examples: "
                 f"{_told(*arguments)}."
             )
+        if type(self._module) in _ELEMENTWISE:
+            arguments = (arguments[0], shaped_as(arguments[0], targets, self.name), *arguments[2:])
         if isinstance(self._module, _CLASSIFIERS) and not targets.dtype.is_floating_point:
-            arguments = (outputs, targets.long())  # the modules take no other integers
+            arguments = (outputs, arguments[1].long())  # the modules take no other integers
         return arguments
 
     def _vectorized(self, *arguments: Tensor) -> Tensor:
@@ -214,6 +223,20 @@ def _told(outputs: Any, targets: Any, *variances: Any) -> str:
 
 
 _IGNORING = (nn.CrossEntropyLoss, nn.NLLLoss)
+_BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+_ELEMENTWISE = (
+    *_BINARY,
+    nn.GaussianNLLLoss,
+    nn.HingeEmbeddingLoss,
+    nn.HuberLoss,
+    nn.KLDivLoss,
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.MultiLabelMarginLoss,
+    nn.PoissonNLLLoss,
+    nn.SmoothL1Loss,
+    nn.SoftMarginLoss,
+)
 _CLASSIFIERS = (*_IGNORING, nn.MultiLabelMarginLoss, nn.MultiMarginLoss)
 
 _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Loss]] = {
