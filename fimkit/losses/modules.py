@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import Loss, Uniforms, described
+from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
 from fimkit.losses.likelihoods import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -61,6 +61,20 @@ class ModuleLoss(Loss):
                 f"{self.name} takes {signature}, not a model's outputs and targets; pass a "
                 "callable loss(model, batch) that calls it and returns (B,) losses."
             ) from None
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model; refuse classes that are where the module does not look for them."""
+        out = run(model, batch)
+        logits = logits_of(out)
+        if type(self._module) in _IGNORING and isinstance(logits, Tensor) and logits.ndim == 3:
+            raise IFVPUsageError(
+                f"{self.name} takes classes along dimension 1, and .logits of shape "
+                f"{tuple(logits.shape)} have them last, as those of Hugging Face's models; use "
+                "loss='causal_lm' for the next token of each, loss='cross_entropy' for a label of "
+                "each token, or a callable loss(model, batch). Let a model that has its classes "
+                "along dimension 1 return the tensor itself."
+            )
+        return out if logits is None else logits
 
     def targets(self, batch: Any) -> Any:
         """Return the targets of a batch; refuse what has no loss, or no likelihood.
@@ -241,7 +255,7 @@ _CLASSIFIERS = (*_IGNORING, nn.MultiLabelMarginLoss, nn.MultiMarginLoss)
 
 _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Loss]] = {
     nn.BCEWithLogitsLoss: lambda module: BinaryCrossEntropy(),
-    nn.CrossEntropyLoss: lambda module: CrossEntropy(module.ignore_index, classes_last=False),
+    nn.CrossEntropyLoss: lambda module: CrossEntropy(module.ignore_index),
     nn.GaussianNLLLoss: lambda module: GaussianNLL(module.eps),
     nn.MSELoss: _squared,
     nn.PoissonNLLLoss: lambda module: PoissonNLL(module.log_input, module.eps),
