@@ -46,6 +46,13 @@ class Loss:
             return batch["labels"]
         return _sequence(batch)[-1]
 
+    def doubt(self, batch: Any) -> str | None:
+        """Return what is likely wrong about a batch that can be computed, as a warning tells it.
+
+        Asked of every batch as the loader gives it, until one is answered by more than None.
+        """
+        return None
+
     def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the loss of each example, shape ``(B,)``, or ``(losses, mask)``."""
         raise NotImplementedError

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fimkit.exceptions import IFVPUsageError
 from fimkit.losses.base import Loss, described
 from fimkit.losses.likelihoods import CrossEntropy
+from fimkit.losses.tokens import counts_padding, is_mask
 
 __all__ = ["CausalLanguageModel"]
 
@@ -44,6 +45,12 @@ class CausalLanguageModel(CrossEntropy):
                 "add the token ids as labels, with -100 where a token does not count: "
                 "batch['labels'] = input_ids.masked_fill(attention_mask == 0, -100)."
             )
+        if is_mask(batch):
+            raise IFVPUsageError(
+                f"{self.name} got labels of only 0 and 1 beside other tokens: an attention mask, "
+                "it seems. Give a mapping with input_ids, attention_mask and labels, the token ids "
+                "with -100 where one does not count, or (input_ids, labels)."
+            )
         targets = super().targets(batch)
         if not isinstance(targets, Tensor) or targets.ndim != 2:
             raise IFVPUsageError(
@@ -51,6 +58,16 @@ class CausalLanguageModel(CrossEntropy):
                 f"where a token does not count; got {described(targets)}."
             )
         return targets[:, 1:]
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return that padding counts, which the model was not to see."""
+        if not counts_padding(batch):
+            return None
+        return (
+            f"{self.name}: labels of padding count as tokens, being the input_ids where "
+            "attention_mask is 0; set them to -100: "
+            "batch['labels'] = input_ids.masked_fill(attention_mask == 0, -100)."
+        )
 
     def _aligned(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return logits with classes along dimension 1, and targets checked against them."""

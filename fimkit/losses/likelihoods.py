@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
+from fimkit.losses.tokens import unshifted
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -73,6 +74,10 @@ class CrossEntropy(Loss):
                 "(B, T, C)."
             )
         return logits.movedim(-1, 1) if last else logits
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return that labels are the tokens themselves, which are compared unshifted."""
+        return unshifted(batch, self.name, self.ignore_index)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the sum of each example's token losses, shape ``(B,)``."""

@@ -24,6 +24,7 @@ from fimkit.losses.likelihoods import (
     mean_and_variance,
     shaped_as,
 )
+from fimkit.losses.tokens import unshifted
 
 __all__ = ["ModuleLoss"]
 
@@ -48,7 +49,7 @@ class ModuleLoss(Loss):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._module: Any = module
         self.name = f"loss={type(module).__name__}()"
         self._is_gaussian = isinstance(module, nn.GaussianNLLLoss)
         #: Whether vmap takes the module; None until it was tried.
@@ -84,7 +85,7 @@ class ModuleLoss(Loss):
         targets = super().targets(batch)
         if type(self._module) in _BINARY:
             check_probabilities(targets, self.name)
-        module: Any = self._module
+        module = self._module
         averages = type(module) in _IGNORING and module.reduction == "mean"
         if averages and isinstance(targets, Tensor) and not targets.dtype.is_floating_point:
             ignored = module.ignore_index
@@ -99,6 +100,12 @@ class ModuleLoss(Loss):
                     "or leave it out of the data."
                 )
         return targets
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return that labels are the tokens themselves, which are compared unshifted."""
+        if type(self._module) not in _IGNORING:
+            return None
+        return unshifted(batch, self.name, self._module.ignore_index)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the module's value on each example alone, shape ``(B,)``."""
