@@ -337,7 +337,7 @@ def with_value(value):
         (lambda s: {}, r"lacks 'positions'.*expected exactly"),
         (parameters(lambda p: dict(enumerate(p.values()))), "has unknown 0, 1, 2"),
         (parameters(lambda p: {**p, "head.weight": None}), r"unknown 'head\.weight'"),
-        (parameters(lambda p: [None] * len(p)), r"vectors\['positions'\] must be.*got NoneType"),
+        (parameters(lambda p: [None] * len(p)), r"vectors\['positions'\] is None.*backward"),
         (parameters(lambda p: {n: t.int() for n, t in p.items()}), r"vectors\['positions'\] has"),
         (lambda s: "gradients", "must be a numpy array.*got str"),
         (lambda s: 3.0, "must be a numpy array.*got float"),

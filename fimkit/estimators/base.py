@@ -116,7 +116,7 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         self,
         model: Any,
         dataloader: Any = None,
-        *,
+        *others: Any,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
     ) -> Any:
@@ -153,6 +153,12 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         RankError
             If another rank of the process group failed, naming it and its error.
         """
+        if others:  # there are none; x and y given apart deserve a better answer than Python's
+            raise IFVPUsageError(
+                f"fit(model, dataloader) got {len(others)} more, such as targets beside inputs; "
+                "give them together: DataLoader(TensorDataset(x, y), batch_size=256) as "
+                "dataloader, or fit(ModelData(model, (x, y)))."
+            )
         ranks = Ranks.current()
         with ranks.together():
             self._validate_params()

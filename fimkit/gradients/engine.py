@@ -27,11 +27,12 @@ from fimkit.gradients.modes import AmbientAutocast, held_tensors
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
-from fimkit.gradients.tree import tensors
+from fimkit.gradients.tree import common_length, tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
 from fimkit.losses import Uniforms
+from fimkit.losses.failures import explained
 from fimkit.operators import Columns
-from fimkit.vectors import ParameterSpace
+from fimkit.vectors import ParameterSpace, some_names
 
 __all__ = ["UNSEEN", "GradientEngine"]
 
@@ -187,12 +188,22 @@ class GradientEngine:
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         versions = [tensor._version for tensor in tensors(batch)]
-        with self._autocast.restored(), Capture(self._parameters) as capture:
-            self._objective.loss.targets(batch)  # refuses a batch without any
-            outputs = self._objective.loss.outputs(self._model, batch)
-            labels = self._objective.labels(outputs, batch, uniforms)
-            columns, weights, mask = self._objective.columns(outputs, labels)
-            scalars = torch.stack(tuple(columns), 1)
+        loss, called = self._objective.loss, False
+        try:
+            with self._autocast.restored(), Capture(self._parameters) as capture:
+                loss.targets(batch)  # refuses a batch without any
+                outputs = loss.outputs(self._model, batch)
+                called = True
+                labels = self._objective.labels(outputs, batch, uniforms)
+                columns, weights, mask = self._objective.columns(outputs, labels)
+                scalars = torch.stack(tuple(columns), 1)
+        except Exception as error:
+            if self._found:
+                raise
+            misuse = explained(error, loss, self._model, batch, called=called)
+            if misuse is None:
+                raise
+            raise misuse from error
         if versions != [tensor._version for tensor in tensors(batch)]:
             raise IFVPUsageError(
                 "the model or the loss changes its inputs in place, so that they cannot be given "
@@ -310,7 +321,13 @@ class GradientEngine:
             wrong = check.disagreeing(rows, self._places(fallback=True))
             if not wrong:
                 return
-        names = ", ".join(map(repr, wrong or sorted(self._fallback_names)))
+        n, length = run.shape[0], common_length(run.batch)
+        if length is not None and n > length and n % length == 0:
+            raise IFVPUsageError(
+                f"the loss returned {n} losses for {length} examples, {n // length} for each, as "
+                f"of one per token; sum those of an example: losses.view({length}, -1).sum(1)."
+            ) from problem
+        names = some_names(wrong or sorted(self._fallback_names), 3)
         alone = "" if wrong else f" (an example alone raised {type(problem).__name__}: {problem})"
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"

@@ -91,6 +91,7 @@ class CrossEntropy(Loss):
                 f"{self.name} got targets from {targets.min()} to {targets.max()} for outputs of "
                 f"{logits.shape[1]} classes; expected 0 to {logits.shape[1] - 1}, or "
                 f"{self.ignore_index} where a target does not count."
+                + (" For one logit of two classes use loss='bce'." if logits.shape[1] == 1 else "")
             ) from error
         return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
@@ -156,7 +157,7 @@ class CrossEntropy(Loss):
             raise IFVPUsageError(
                 f"{self.name} got outputs of shape {tuple(logits.shape)} and targets of shape "
                 f"{tuple(targets.shape)}; expected outputs (B, C, ...) or (B, ..., C) for targets "
-                "(B, ...)."
+                f"(B, ...).{_reshaping(logits, targets)}"
             )
         return logits, targets.long()
 
@@ -421,6 +422,15 @@ def _zero_at_mode(name: str) -> IFVPUsageError:
         f"fisher='predicted' is zero for {name}: a regression's gradient vanishes at its own "
         "prediction. Use fisher='mc' or fisher='exact'."
     )
+
+
+def _reshaping(logits: Tensor, targets: Tensor) -> str:
+    """Return how targets that are classes in another form become classes, where that is seen."""
+    if targets.ndim > 1 and targets.shape[1] == 1 and _has_classes_second(logits, targets[:, 0]):
+        return " Make the targets (B, ...) by .squeeze(1)."
+    if targets.shape == logits.shape and targets.ndim > 1:
+        return " Make classes of one-hot targets by .argmax(1)."
+    return ""
 
 
 def _has_classes_second(logits: Tensor, targets: Tensor) -> bool:
