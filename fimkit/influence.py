@@ -434,7 +434,7 @@ def _ifvps(estimator: FisherEstimator, queries: ModelData, measurement: Any) -> 
         dtype=_precision(estimator),
         device=estimator.device_,
     )
-    damping, start = _damping(estimator), 0
+    damping, start = estimator.regularization_, 0
     for rows in estimator.gradients(queries, measurement=measurement):
         out[start : start + rows.n] = estimator.fisher_.solve_rows(rows, damping, out.dtype)
         start += rows.n
@@ -459,14 +459,8 @@ def _part_scores(rows: RowMatrix, ifvps: Tensor, places: Sequence[Columns]) -> T
 
 def _own_scale(estimator: FisherEstimator, rows: RowMatrix) -> Tensor:
     """Return the roots of the rows' self-influence, infinite where it is zero, shape ``(n,)``."""
-    own = estimator.fisher_.inverse_quadratic(rows, _damping(estimator)).double()
+    own = estimator.fisher_.inverse_quadratic(rows, estimator.regularization_).double()
     return torch.where(own > 0, own.sqrt(), torch.inf)
-
-
-def _damping(estimator: FisherEstimator) -> Any:
-    """Return λ as operators take it: one number, or one per block in order."""
-    damping = estimator.regularization_
-    return list(damping.values()) if isinstance(damping, dict) else damping
 
 
 def _highest(indices: npt.NDArray[np.intp], scores: Scores, k: int) -> TopK:

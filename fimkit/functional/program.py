@@ -286,6 +286,11 @@ def _check_finite(losses: Tensor, gradients: Gradients, start: int | None = None
 
 def _ordinary(tensor: Tensor) -> Tensor:
     """Return a tensor that autograd accepts, a copy if it was made in inference mode."""
+    if tensor.is_meta:
+        raise IFVPUsageError(
+            f"an argument of func holds a tensor of shape {tuple(tensor.shape)} on the meta "
+            "device, which has no numbers; make it on a real one."
+        )
     return tensor.clone() if tensor.is_inference() else tensor
 
 
