@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -113,6 +114,7 @@ class Run:
         self._checksums: list[str] = []
         self._unread: dict[int, Tensor] = {}
         self._numbering = 0
+        self._has_warned = False
         self._autocast = AmbientAutocast()
         self._made: GradientEngine | None = None
 
@@ -313,6 +315,7 @@ class Run:
         )
         for i, (indices, batch) in progress:
             self._check_again(i, batch)
+            self._warn(i, batch)
             uniforms = ExampleUniforms(
                 self.settings.seed, before if indices is None else indices, self._numbering
             )
@@ -343,6 +346,15 @@ class Run:
                 "iterated over before is empty: give a list or a DataLoader)."
             )
         self._refuse_infinite()
+
+    def _warn(self, i: int, batch: Any) -> None:
+        """Warn once of what the loss doubts about batches that are passed for the first time."""
+        if self._has_warned or i < len(self.sizes):
+            return
+        doubt = self.settings.objective.loss.doubt(batch)
+        if doubt is not None:
+            self._has_warned = True
+            warnings.warn(f"batch {i}: {doubt}", UserWarning, stacklevel=2)
 
     def _check_again(self, i: int, batch: Any) -> None:
         """Keep the checksum of a batch, or compare it with that of the same batch before."""

@@ -76,10 +76,14 @@ class _Pass:
 
 
 class _Found(NamedTuple):
-    """Where the examples of each call are; guessed where a call had no gradient to tell."""
+    """Where the examples of each call are.
+
+    Guessed where a call had no gradient to tell, proven where the batch had any at all.
+    """
 
     layouts: list[BatchLayout | None]
     guessed: bool
+    proven: bool
 
 
 class GradientEngine:
@@ -169,7 +173,9 @@ class GradientEngine:
         key = run.key
         found = self._found.get(key)
         if found is None or not self._holds(found, run, signals):
-            found = self._found[key] = self._verify(run, signals)
+            found = self._verify(run, signals)
+            if found.proven:
+                self._found[key] = found
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
@@ -194,6 +200,7 @@ class GradientEngine:
             )
         if not scalars.shape[0]:
             raise IFVPUsageError("it has no examples; remove empty batches.")
+        self._objective.check_number(len(scalars), batch)
         if not scalars.requires_grad:
             raise IFVPUsageError(
                 "the losses do not depend on any selected parameter through autograd: the model "
@@ -273,7 +280,7 @@ class GradientEngine:
         for use in run.uses:
             for name in set(use.names) - self._fallback_names:
                 self.coverage[name] = use.description
-        return _Found(layouts, check.guessed)
+        return _Found(layouts, check.guessed, check.tells)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""
