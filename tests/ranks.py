@@ -236,7 +236,23 @@ def shards_and_faults(rank, size, folder):
     dual.save(f"{folder}/dual.fimkit")
     stored = DataInf(0.1, storage=f"{folder}/rows").fit(model, own)
     found["stored"] = stored.transform(v)
-    found["other vectors"] = _raised(lambda: datainf.transform(v * (1 + rank)))
+    some = torch.stack([v, v.flip(0), torch.ones_like(v)])
+    for name, given in {
+        "longer": v * (1 + rank),
+        "turned": -v if rank else v,
+        "permuted": v.flip(0) if rank else v,
+        "one of three": some.roll(rank, 1) if rank else some,
+        "one number": v + rank * 1e-7 * torch.eye(len(v), dtype=v.dtype)[3],
+        "more": some[: 1 + rank],
+    }.items():
+        found["other vectors", name] = _raised(lambda given=given: datainf.transform(given))
+        found["other vectors, dual", name] = _raised(lambda given=given: dual.transform(given))
+    found["rounded"] = datainf.transform(v * (1 + rank * 1e-15))
+    whole = fimkit.ModelData(model, dataset, batch_size=8)
+    found["same data"] = datainf.transform(whole)
+    other = fimkit.ModelData(model, dataset, batch_size=8, indices=list(range(N))[:: 1 - 2 * rank])
+    found["other data"] = _raised(lambda: datainf.transform(other))
+    found["own data"] = _raised(lambda: DataInf(0.1).fit_transform(data))
     found["pickled"] = _raised(lambda: pickle.dumps(datainf))
 
     # A wrapped model, whose gradients are not touched.

@@ -121,9 +121,37 @@ def test_rows_that_stay_on_their_ranks_are_saved_as_one_file(found, folder, whol
         assert close(result["stored"], expected(DataInf(0.1), whole))
 
 
-def test_ranks_must_give_the_same_vectors(found):
+@pytest.mark.parametrize("method", ["other vectors", "other vectors, dual"])
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ("longer", "rank 1 gave another vector 0 of 1"),
+        ("turned", "rank 1 gave another vector 0 of 1"),
+        ("permuted", "rank 1 gave another vector 0 of 1"),
+        ("one of three", "rank 1 gave another vector 0 of 3"),
+        ("one number", "rank 1 gave another vector 0 of 1"),
+        ("more", "rank 1 gave 2 vectors, rank 0 1"),
+    ],
+)
+def test_ranks_must_give_the_same_vectors(found, method, difference, told):
     for result in found:
-        assert "rank 1 gave 1 vectors of norm" in result["other vectors"]
+        assert told in result[method, difference]
+        assert "fimkit.load(path)" in result[method, difference]
+
+
+def test_ranks_must_give_the_same_data(found, whole):
+    model, [(x, y)], _ = whole
+    data = fimkit.ModelData(model, (x, y))
+    reference = torch.from_numpy(DataInf(0.1, blocks="parameter").fit(data).transform(data))
+    for result in found:
+        assert close(torch.from_numpy(result["same data"]), reference)
+        assert "rank 1 gave another vector 0 of 8" in result["other data"]
+        assert "For what is a rank's own, call save(path)" in result["own data"]
+
+
+def test_rounding_is_no_difference_and_sharded_rows_are_not_pickled(found):
+    for result in found:
+        assert close(result["rounded"], result["datainf"])
         assert "save(path) on all ranks" in result["pickled"]
 
 
