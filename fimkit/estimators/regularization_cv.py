@@ -15,7 +15,12 @@ from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.validation import check_is_fitted
 
 from fimkit.data import ModelData, check_model_data
+from fimkit.distributed import Ranks
+from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.regularization import regularization_path
+from fimkit.estimators.run import inside
+from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients import whole
 
 __all__ = ["RegularizationCV"]
 
@@ -23,6 +28,9 @@ _GRID = tuple(np.logspace(-6, 0, 13).tolist())
 
 # Relative differences between scores that are rounding, whatever their spread over folds is.
 _ROUNDING = 1e-9
+
+
+_SAME = "All ranks choose among the same regularizations, over as many folds; give each the same."
 
 
 class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
@@ -107,6 +115,8 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         data : ModelData
+            In a process group the rank's own part; the score of a fold is then the mean over the
+            held-out examples of all ranks, which choose one λ.
         y : array-like of shape (n,), optional
             Labels for splitters that stratify, such as ``data.targets``.
         groups : array-like of shape (n,), optional
@@ -119,7 +129,8 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         IFVPUsageError
-            If the data are no `ModelData`, or a regularization is no number of at least 0.
+            If the data are no `ModelData`, or a regularization is no number of at least 0; or if
+            rows stay on the ranks of a process group, as `DataInf`'s do.
         SingularFisherError
             If a fold is singular at one of the regularizations, as for 0 it usually is.
 
@@ -129,18 +140,16 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
             If the best regularization is the least or the largest, so that a better one may lie
             beyond; or if all score alike, up to what differs between folds by chance.
         """
-        self._validate_params()
-        check_model_data(data, "data")
-        grid = regularization_path(self.regularizations)
-        splitter = check_cv(self.cv, y)
-        folds = list(splitter.split(data, y, groups))
-        estimator = clone(self.estimator).set_params(regularization=max(grid))
-        scores = np.stack(
-            [
-                clone(estimator).fit(data[train]).score_path(data[test], grid)
-                for train, test in folds
-            ]
-        )
+        ranks = Ranks.current()
+        with ranks.together():
+            self._validate_params()
+            check_model_data(data, "data")
+            grid = regularization_path(self.regularizations)
+            folds = list(check_cv(self.cv, y).split(data, y, groups))
+            estimator = clone(self.estimator).set_params(regularization=max(grid))
+        ranks.check_same({"regularizations": grid, "the number of folds": len(folds)}, _SAME)
+        with whole(inside(data)):
+            scores = np.stack([_score(estimator, data, fold, grid, ranks) for fold in folds])
         results = _results(grid, scores)
         best = int(results["mean_test_score"].argmax())
         _warn(grid, scores, best)
@@ -202,6 +211,27 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
     def _fitted(self) -> Any:
         check_is_fitted(self)  # the error is an AttributeError, too
         return self.__dict__["estimator_"]
+
+
+def _score(
+    estimator: Any, data: ModelData, fold: tuple[Any, Any], grid: list[float], ranks: Ranks
+) -> npt.NDArray[np.float64]:
+    """Return the mean score of all ranks' held-out examples at each λ, shape (L,)."""
+    train, test = fold
+    fitted = clone(estimator).fit(data[train])
+    if isinstance(fitted, FisherEstimator) and fitted._is_sharded():
+        raise IFVPUsageError(
+            f"{type(fitted).__name__} leaves its rows on the ranks that computed them, which all "
+            "must give the same held-out gradients, and each has its own; choose the "
+            "regularization in one process, or by another estimator (EKFAC, or Explicit with "
+            "solver='primal')."
+        )
+    with ranks.together():
+        own = fitted.score_path(data[test], grid)
+    parts = ranks.gather((len(test), own))
+    n = sum(size for size, _ in parts)
+    mean: npt.NDArray[np.float64] = sum(size / n * each for size, each in parts)
+    return mean
 
 
 def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, Any]:

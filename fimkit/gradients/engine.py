@@ -165,7 +165,9 @@ class GradientEngine:
         """
         run = self._forward(batch, uniforms)
         shared = {
-            t.untyped_storage().data_ptr() for t in (*tensors(batch), *held_tensors(self._model))
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*tensors(batch), *held_tensors(self._model))
+            if tensor.layout == torch.strided  # a sparse one has no storage, nor any view
         }
         for use in run.uses:  # before the model runs again
             use.own_input(shared)
