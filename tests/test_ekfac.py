@@ -534,6 +534,20 @@ def test_a_mask_that_fits_no_layer_is_told(method, shape):
         method(loss=loss).fit(model, [batch | {"attention_mask": torch.ones(shape)}])
 
 
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_a_mask_is_not_missed_in_whole_gradients(method):
+    """Of a tied table the sides are of examples, whatever the mask; nor is it where none is."""
+    model, ids = SITUATIONS["tied table"].model(), SITUATIONS["tied table"].batch(N)[0]
+
+    def loss(model, batch):
+        ids, mask = batch
+        losses = nn.functional.cross_entropy(model(ids).mT, ids, reduction="none")
+        return (losses * mask).sum(1), mask
+
+    for parameters in ("table.weight", "body.bias"):
+        method(loss=loss, parameters=parameters).fit(model, [(ids, torch.ones_like(ids))])
+
+
 def some_positions(n, length):
     """Return a mask that keeps a part of all positions, at least one of each example."""
     mask = torch.rand(n, length, generator=torch.Generator().manual_seed(4)) < 0.6
@@ -552,6 +566,7 @@ def some_positions(n, length):
         ("called twice", 4),
         ("table", 4),
         ("table looked up twice", 4),
+        ("convolution in 1-D", 3),
     ],
 )
 def test_masks_select_positions_of_the_factors_only(name, length, where, sharing):
