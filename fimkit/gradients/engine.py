@@ -205,8 +205,9 @@ class GradientEngine:
         self._objective.check_number(len(scalars), batch)
         if not scalars.requires_grad:
             raise IFVPUsageError(
-                "the losses do not depend on any selected parameter through autograd: the model "
-                "or the loss detaches its result, for instance by torch.no_grad() or .item()."
+                f"the values of {self._objective.loss.name} do not depend on any selected "
+                "parameter through autograd: it is constant, or it or the model detaches its "
+                "result, for instance by torch.no_grad() or .item()."
             )
         if mask is None:
             mask = _padding_mask(batch)
