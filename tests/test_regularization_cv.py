@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedKFold
@@ -130,6 +131,19 @@ def test_splitters(data):
     expected = fitted.score_path(data[listed[0][1]], GRID)
     assert np.array_equal(as_list.cv_results_["split0_test_score"], expected)
     assert RegularizationCV(DIAGONAL, GRID).fit(data).n_splits_ == 5
+
+
+def test_groups_are_routed(data):
+    groups = np.arange(N) // 8
+    search = RegularizationCV(DIAGONAL, GRID, cv=GroupKFold(5))
+    expected = clone(search).fit(data, groups=groups).cv_results_
+    with config_context(enable_metadata_routing=True):
+        requesting = clone(search.set_fit_request(groups=True))
+        assert str(requesting.get_metadata_routing()) == "{'fit': {'groups': True}}"
+        pipeline = make_pipeline(requesting, Normalizer()).fit(data, groups=groups)
+    found = pipeline[0].cv_results_
+    for key in ("split0_test_score", "split4_test_score", "mean_test_score"):
+        assert np.array_equal(found[key], expected[key])
 
 
 def test_behaves_as_the_chosen_estimator(data):

@@ -353,6 +353,15 @@ def test_what_goes_in_is_no_metadata(estimator):
 ROUTING = [f"set_{name}_request" for name in ("fit", "transform", "inverse_transform", "score")]
 
 
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, RegularizationCV(EKFAC(), [1e-2])], ids=repr)
+def test_arguments_by_name(estimator):
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    fitted = clone(estimator).fit(data)
+    for method in ("transform", "inverse_transform", "score", "score_samples", "mahalanobis"):
+        call = getattr(fitted, method)
+        assert np.array_equal(call(vectors=data), call(data))
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_frozen(estimator):
     data = ModelData(CASE.model(), CASE.batch())

@@ -62,7 +62,12 @@ _SAME = (
 )
 
 
-class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
+class FisherEstimator(  # type: ignore[call-arg]
+    ScoresMixin,
+    TransformerMixin,
+    BaseEstimator,
+    auto_wrap_output_keys=None,  # a wrapped transform takes its vectors by the name of X only
+):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
     # What goes in is no metadata, although it is not called X.

@@ -25,7 +25,12 @@ _GRID = tuple(np.logspace(-6, 0, 13).tolist())
 _ROUNDING = 1e-9
 
 
-class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
+class RegularizationCV(  # type: ignore[call-arg]
+    MetaEstimatorMixin,
+    TransformerMixin,
+    BaseEstimator,
+    auto_wrap_output_keys=None,  # a wrapped transform takes its vectors by the name of X only
+):
     """An estimator with the regularization that scores best on held-out gradients.
 
     What `sklearn.linear_model.RidgeCV` is to ridge regression: each fold is fitted once and scored
@@ -79,7 +84,7 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
     """
 
     # What goes in is no metadata, although it is not called X.
-    __metadata_request__fit = dict.fromkeys(("data", "groups"), metadata_routing.UNUSED)
+    __metadata_request__fit = {"data": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__transform = {"vectors": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__inverse_transform = __metadata_request__transform
     __metadata_request__score = __metadata_request__transform
