@@ -45,13 +45,19 @@ class BlockDiagonalOperator(Operator):
             columns.put(out, values)
         return out
 
-    def solve(self, vectors: Tensor, damping: Damping) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
-        out = torch.empty_like(vectors)
-        solved = self._each(damping, lambda c, block, value: block.solve(c.take(vectors), value))
+    def solve(self, vectors: Tensor, damping: Damping, out: Tensor | None = None) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
+        found = torch.empty_like(vectors) if out is None else out
+        solved = self._each(
+            damping,
+            lambda c, block, value: block.solve(
+                c.take(vectors), value, c.take(found) if c.contiguous else None
+            ),
+        )
         for columns, values in solved:
-            columns.put(out, values)
-        return out
+            if not columns.contiguous:
+                columns.put(found, values)
+        return found
 
     def solve_rows(self, rows: RowMatrix, damping: Damping, dtype: torch.dtype) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""

@@ -122,29 +122,31 @@ class DataInfOperator(Operator):
                 target[part, place] = values.add_(given[part, place]).mul_(damping)
         return out
 
-    def solve(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``M v`` for each of ``(k, p)`` vectors."""
+    def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``M v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
         if not self._is_narrow(vectors):
-            return self._solve_wide(vectors, damping)
-        out = self._solve(vectors, damping, torch.float32)
+            return self._solve_wide(vectors, damping, out)
+        out = self._solve(vectors, damping, torch.float32, out)
         spoiled = self._spoiled(vectors, out, damping)
         if bool(spoiled.any()):
             out[spoiled] = self._solve_wide(vectors[spoiled], damping)
         return out
 
-    def _solve_wide(self, vectors: Tensor, damping: float) -> Tensor:
+    def _solve_wide(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
         """Return ``M v`` by products in float64, or raise if nothing is left of a vector."""
-        out = self._solve(vectors, damping, self._norms.dtype)
+        out = self._solve(vectors, damping, self._norms.dtype, out)
         given, left = (
             torch.linalg.vector_norm(x, dim=1, dtype=self._norms.dtype) for x in (vectors, out)
         )
         self._refuse_rounding(given, left, damping)
         return out
 
-    def _solve(self, vectors: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    def _solve(
+        self, vectors: Tensor, damping: float, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
         """Return ``M v`` for each of ``(k, p)`` vectors, by products in ``dtype``."""
         shrinkage = self._shrinkage(damping)
-        out = vectors / damping  # which columns without rows keep
+        out = torch.div(vectors, damping, out=out)  # which columns without rows keep
         for some in self._vector_chunks(vectors.shape[0]):
             target, given = out[some], vectors[some]
             coefficients = (self._project(given, dtype) * shrinkage).to(dtype)
