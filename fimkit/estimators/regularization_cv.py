@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from fimkit.data import ModelData, check_model_data
 from fimkit.estimators.regularization import regularization_path
+from fimkit.exceptions import SingularFisherError
 
 __all__ = ["RegularizationCV"]
 
@@ -126,13 +127,15 @@ class RegularizationCV(  # type: ignore[call-arg]
         IFVPUsageError
             If the data are no `ModelData`, or a regularization is no number of at least 0.
         SingularFisherError
-            If a fold is singular at one of the regularizations, as for 0 it usually is.
+            If a fold is singular at all of the regularizations.
 
         Warns
         -----
         UserWarning
             If the best regularization is the least or the largest, so that a better one may lie
-            beyond; or if all score alike, up to what differs between folds by chance.
+            beyond; if all score alike, up to what differs between folds by chance; or if a fold is
+            singular at some of them, as at 0 it usually is: their scores are NaN, and they are not
+            chosen.
         """
         self._validate_params()
         check_model_data(data, "data")
@@ -141,13 +144,11 @@ class RegularizationCV(  # type: ignore[call-arg]
         folds = list(splitter.split(data, y, groups))
         estimator = clone(self.estimator).set_params(regularization=max(grid))
         scores = np.stack(
-            [
-                clone(estimator).fit(data[train]).score_path(data[test], grid)
-                for train, test in folds
-            ]
+            [_scores(clone(estimator).fit(data[train]), data[test], grid) for train, test in folds]
         )
         results = _results(grid, scores)
-        best = int(results["mean_test_score"].argmax())
+        _warn_of_singular(grid, results["mean_test_score"])
+        best = int(np.nanargmax(results["mean_test_score"]))
         _warn(grid, scores, best)
         fitted = estimator.set_params(regularization=grid[best]).fit(data)
         self.cv_results_ = results
@@ -209,6 +210,18 @@ class RegularizationCV(  # type: ignore[call-arg]
         return self.__dict__["estimator_"]
 
 
+def _scores(fitted: Any, data: ModelData, grid: list[float]) -> npt.NDArray[np.float64]:
+    """Return the scores of a path, NaN where the fit is singular."""
+    try:
+        scores: npt.NDArray[np.float64] = fitted.score_path(data, grid)
+    except SingularFisherError:
+        if len(grid) == 1:
+            return np.array([np.nan])
+        half = len(grid) // 2  # those that are singular are mostly neighbours
+        return np.concatenate([_scores(fitted, data, part) for part in (grid[:half], grid[half:])])
+    return scores
+
+
 def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, Any]:
     """Return scores of shape (folds, L) in the form of a grid search's."""
     mean = scores.mean(0)
@@ -218,20 +231,38 @@ def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, An
         **{f"split{i}_test_score": values for i, values in enumerate(scores)},
         "mean_test_score": mean,
         "std_test_score": scores.std(0),
-        "rank_test_score": rankdata(-mean, "min").astype(np.int32),
+        "rank_test_score": rankdata(np.where(np.isnan(mean), np.inf, -mean), "min").astype(
+            np.int32
+        ),
     }
 
 
+def _warn_of_singular(grid: list[float], mean: npt.NDArray[np.float64]) -> None:
+    """Warn of regularizations without a score, or raise if that is all of them."""
+    singular = [value for value, score in zip(grid, mean, strict=True) if np.isnan(score)]
+    if not singular:
+        return
+    found = (
+        f"the Fisher of a fold is singular at {len(singular)} of {len(grid)} regularizations, "
+        f"the largest {max(singular):g}"
+    )
+    if len(singular) == len(grid):
+        raise SingularFisherError(f"{found}; give larger ones.")
+    warnings.warn(f"{found}; these are not chosen.", UserWarning, stacklevel=3)
+
+
 def _warn(grid: list[float], scores: npt.NDArray[np.float64], best: int) -> None:
-    if len(set(grid)) == 1:
+    usable = ~np.isnan(scores).any(0)
+    tried = set(np.asarray(grid)[usable])
+    if len(tried) == 1:
         return
     # Folds differ more from each other than λ does within one, so differences are taken within.
     gains = scores[:, [best]] - scores
     error = gains.std(0, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.zeros(len(grid))
     rounding = _ROUNDING * abs(scores[:, best].mean())
-    if (gains.mean(0) <= np.maximum(error, rounding)).all():
+    if (gains.mean(0) <= np.maximum(error, rounding))[usable].all():
         warnings.warn(
-            f"all regularizations from {min(grid):g} to {max(grid):g} score alike, up to the "
+            f"all regularizations from {min(tried):g} to {max(tried):g} score alike, up to the "
             f"standard error over {len(gains)} folds, so the choice of {grid[best]:g} is chance; "
             "spread them further, or give more data.",
             UserWarning,
