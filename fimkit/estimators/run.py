@@ -243,6 +243,13 @@ class Run:
         for _, coverage in reversed(told):
             seen = {name: how for name, how in coverage.items() if how != UNSEEN}
             self.engine.coverage.update(seen)
+        if set(self.engine.coverage.values()) == {UNSEEN}:
+            name, *others = self.engine.coverage
+            more = f" and {len(others)} others" if others else ""
+            raise IFVPUsageError(
+                f"no loss depends on a selected parameter, {name!r}{more}; select some that the "
+                "loss is a function of, by parameters= (all that require grad when not given)."
+            )
         return passed
 
     def begin_again(self) -> None:

@@ -214,6 +214,7 @@ class GradientEngine:
         else:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
+        self._refuse_foreign(graph)
         precision = max(capture.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         return _Pass(
             batch,
@@ -227,6 +228,16 @@ class GradientEngine:
             precision,
             capture.steady,
         )
+
+    def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
+        """Refuse losses of another model than the one given."""
+        if not dict(graph).keys() & {id(parameter) for parameter in self._model.parameters()}:
+            raise IFVPUsageError(
+                f"the losses depend on no parameter of the {type(self._model).__name__} given: "
+                f"{self._objective.loss.name} holds another model and runs that, or a copy, as "
+                "scikit-learn makes of losses in a parameter grid. Let it run the model that it "
+                "is called with, as loss(model, batch)."
+            )
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -277,12 +288,12 @@ class GradientEngine:
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
         self._verify_alone(run)
-        for name in self._space.shapes:
-            if name in self._fallback_names:
-                self.coverage[name] = self._fallback.description
-        for use in run.uses:
-            for name in set(use.names) - self._fallback_names:
-                self.coverage[name] = use.description
+        ways = {name: use.description for use in run.uses for name in use.names}
+        ways.update(dict.fromkeys(self._fallback_names, self._fallback.description))
+        reached = dict(run.graph)
+        for name, parameter in self._parameters.items():
+            if name in ways and id(parameter) in reached:
+                self.coverage[name] = ways[name]
         return _Found(layouts, check.guessed, check.tells)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
