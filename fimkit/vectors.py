@@ -196,10 +196,11 @@ def _way_back(tensor: Tensor, what: str) -> Callable[[Tensor], Tensor]:
 
     def back(result: Tensor) -> Tensor:
         result = result.to(device, dtype)
-        if dtype == torch.float16 and not result.isfinite().all():
+        if result.numel() and not torch.stack(torch.aminmax(result)).isfinite().all():
+            name = str(dtype).removeprefix("torch.")
             raise IFVPUsageError(
-                f"the result exceeds the range of float16, the dtype of {what}; give it in a "
-                "wider one."
+                f"the result exceeds the range of {name}, the dtype of {what}; give it in a "
+                "wider one, or use a larger regularization."
             )
         return result
 

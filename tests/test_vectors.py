@@ -377,7 +377,7 @@ def test_results_that_exceed_float16_are_refused(fitted, shapes, convert):
         (np.empty(0), "expected a sequence of at least one number"),
         ([0.1, "1"], r"regularizations\[1\] is '1'; expected a number"),
         ([[0.1]], r"regularizations\[0\] is \[0\.1\]; expected a number"),
-        ([0.1, -1], r"regularizations\[1\] is -1\.0; expected a finite number of at least 0"),
+        ([0.1, -1], r"regularizations\[1\] is -1\.0; expected a finite number, not negative"),
         ([torch.nan], r"regularizations\[0\] is nan; expected a finite number"),
     ],
 )

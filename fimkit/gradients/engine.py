@@ -166,7 +166,9 @@ class GradientEngine:
         """
         run = self._forward(batch, uniforms)
         shared = {
-            t.untyped_storage().data_ptr() for t in (*tensors(batch), *held_tensors(self._model))
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*tensors(batch), *held_tensors(self._model))
+            if tensor.layout == torch.strided  # a sparse one has no storage, nor any view
         }
         for use in run.uses:  # before the model runs again
             use.own_input(shared)
@@ -214,14 +216,16 @@ class GradientEngine:
         self._objective.check_number(len(scalars), batch)
         if not scalars.requires_grad:
             raise IFVPUsageError(
-                "the losses do not depend on any selected parameter through autograd: the model "
-                "or the loss detaches its result, for instance by torch.no_grad() or .item()."
+                f"the values of {self._objective.loss.name} do not depend on any selected "
+                "parameter through autograd: it is constant, or it or the model detaches its "
+                "result, for instance by torch.no_grad() or .item()."
             )
         if mask is None:
             mask = _padding_mask(batch)
         else:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
+        self._refuse_foreign(graph)
         precision = max(capture.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         return _Pass(
             batch,
@@ -235,6 +239,16 @@ class GradientEngine:
             precision,
             capture.steady,
         )
+
+    def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
+        """Refuse losses of another model than the one given."""
+        if not dict(graph).keys() & {id(parameter) for parameter in self._model.parameters()}:
+            raise IFVPUsageError(
+                f"the losses depend on no parameter of the {type(self._model).__name__} given: "
+                f"{self._objective.loss.name} holds another model and runs that, or a copy, as "
+                "scikit-learn makes of losses in a parameter grid. Let it run the model that it "
+                "is called with, as loss(model, batch)."
+            )
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -285,12 +299,12 @@ class GradientEngine:
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
         self._verify_alone(run)
-        for name in self._space.shapes:
-            if name in self._fallback_names:
-                self.coverage[name] = self._fallback.description
-        for use in run.uses:
-            for name in set(use.names) - self._fallback_names:
-                self.coverage[name] = use.description
+        ways = {name: use.description for use in run.uses for name in use.names}
+        ways.update(dict.fromkeys(self._fallback_names, self._fallback.description))
+        reached = dict(run.graph)
+        for name, parameter in self._parameters.items():
+            if name in ways and id(parameter) in reached:
+                self.coverage[name] = ways[name]
         return _Found(layouts, check.guessed, check.tells)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
