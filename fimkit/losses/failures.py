@@ -115,7 +115,7 @@ def _of_function(error: Exception, loss: CallableLoss, model: nn.Module, batch: 
     if isinstance(error, TypeError):
         takes_outputs = takes_outputs or type(model).__name__ in str(error)
     if isinstance(error, AttributeError) and error.obj is model:
-        takes_outputs = takes_outputs or hasattr(Tensor, error.name)
+        takes_outputs = takes_outputs or hasattr(Tensor, str(error.name))
     if takes and not takes_outputs:
         return None
     return (
