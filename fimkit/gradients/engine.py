@@ -31,6 +31,7 @@ from fimkit.gradients.tree import tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
 from fimkit.losses import Uniforms
 from fimkit.operators import Columns
+from fimkit.replay import RandomStates
 from fimkit.vectors import ParameterSpace
 
 __all__ = ["UNSEEN", "GradientEngine"]
@@ -169,7 +170,10 @@ class GradientEngine:
         key = run.key
         found = self._found.get(key)
         if found is None or not self._holds(found, run, signals):
-            found = self._found[key] = self._verify(run, signals)
+            # Checks run the model again; where it draws random numbers, a second pass, which needs
+            # no checks, is to meet the same.
+            with RandomStates():
+                found = self._found[key] = self._verify(run, signals)
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
