@@ -2,7 +2,6 @@
 
 import inspect
 import pickle
-import re
 from functools import cache
 
 import numpy as np
@@ -787,7 +786,40 @@ def sometimes_tied(where):
     return Apply(forward, table=nn.Embedding(7, 3), other=nn.Embedding(7, 3))
 
 
+def either(first, second, *shape, bias=False):
+    """A weight that is used in one of two ways, as batches say."""
+
+    def forward(self, x, flag):
+        use = first if flag.item() else second
+        return self.head(use(x, self.first.weight, self.first.bias).tanh())
+
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randn(shape))
+    layer.bias = nn.Parameter(torch.randn(shape[0])) if bias else None
+    return Apply(forward, first=layer, head=nn.Linear(shape[0], 3))
+
+
+def two_maps(bias):
+    def transposed(x, weight, bias):
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+    return either(nn.functional.linear, transposed, 5, 5, bias=bias)
+
+
+def two_groupings():
+    def conv(x, weight, bias):
+        return nn.functional.conv1d(x, weight, bias).mean(2)
+
+    def grouped(x, weight, bias):
+        return nn.functional.conv1d(x.view(-1, 4, 3), weight, bias, groups=2).mean(2)
+
+    return either(conv, grouped, 4, 2, 2)
+
+
 SOMETIMES = {
+    "two maps": (lambda: two_maps(False), points()),
+    "two maps, with a bias": (lambda: two_maps(True), points()),
+    "maps of two groupings": (two_groupings, sequences(features=6, length=2)),
     "linear, and transposed": (lambda: conditional(False), points()),
     "table, and looked up": (lambda: sometimes_tied("lookup"), tokens()),
     "table, and multiplied by": (lambda: sometimes_tied("product"), tokens()),
@@ -798,34 +830,66 @@ SOMETIMES = {
 @pytest.mark.parametrize("flags", [(True, False), (False, True)])
 @pytest.mark.parametrize("name", SOMETIMES)
 def test_uses_that_differ_between_batches(name, flags, method):
-    """Gradients are exact, or the parameter is refused by name; never an error without one."""
+    """What is one map in some batches only is in no layer: it has its exact block."""
     build, data = SOMETIMES[name]
     case = situation(name, build, data)
     model, (x, y) = case.model(), case.batch(N)
     halves = slice(0, 8), slice(8, N)
     batches = [(x[h], torch.tensor(flag), y[h]) for h, flag in zip(halves, flags, strict=True)]
-    fitted, refusal = fit_or_refusal(method(), model, batches)
-    if refusal:
-        assert re.search(r"'(first|table|other)\.weight' was one .* in earlier batches", refusal)
-        assert "parameters=" in refusal
-        return
-    if method is KFAC:
-        return
-    total = 0.0
-    for x, flag, y in batches:
-        for i in range(len(x)):
-            out = model(x[i : i + 1], flag).movedim(-1, 1)
-            loss = nn.functional.cross_entropy(out, y[i : i + 1], reduction="sum")
-            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            total += sum(float(g.square().sum()) for g in gradients if g is not None)
-    assert fitted.fisher_.trace() == pytest.approx(total / N, rel=1e-10)
+    fitted = method().fit(model, batches)
+    assert fitted.n_samples_seen_ == N
+    rows = torch.cat([rows_at_flag(model, *batch) for batch in batches])
+    F, start = reference.fisher(rows), 0
+    for key, parameter in model.named_parameters():
+        own = slice(start, start + parameter.numel())
+        start = own.stop
+        if fitted.coverage_[key].startswith("dense block"):
+            assert difference(fitted.fisher_.to_dense()[own, own], F[own, own]) <= 1e-12
+    shared = "table.weight" if "table" in name else "first.weight"
+    assert fitted.coverage_[shared].startswith("dense block")
+    if method is EKFAC:
+        assert fitted.fisher_.trace() == pytest.approx(float(F.trace()), rel=1e-10)
+    if name != "linear, and transposed" or flags == (False, True):  # not seen in the first batch
+        message = f"'{shared}' is one linear map in some .*parameters="
+        with pytest.raises(IFVPUsageError, match=message):
+            method().fit(model, iter(batches))
+    with pytest.raises(IFVPUsageError, match=f"'{shared}'.* in no layer that can be Kron"):
+        method(fallback="raise").fit(model, batches)
 
 
-def fit_or_refusal(estimator, model, batches):
-    try:
-        return estimator.fit(model, batches), ""
-    except ValueError as error:
-        return None, str(error)
+def rows_at_flag(model, x, flag, y):
+    """Return the gradients of single examples."""
+    rows = []
+    for i in range(len(x)):
+        out = model(x[i : i + 1], flag).movedim(-1, 1)
+        loss = nn.functional.cross_entropy(out, y[i : i + 1], reduction="sum")
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows)
+
+
+class Rest:
+    """An iterable that goes on where it was left, and does not say so."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize("more", [0, 3])
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_a_pass_that_cannot_begin_again(method, more):
+    build, data = SOMETIMES["linear, and transposed"]
+    case = situation("", build, data)
+    model, (x, y) = case.model(), case.batch(N)
+    flags = [False, True, *[False] * more]
+    batches = [(x[i : i + 4], torch.tensor(flag), y[i : i + 4]) for i, flag in enumerate(flags)]
+    message = "batch 0 has other losses" if more else "there are fewer batches: 0|has no batches"
+    with pytest.raises(IFVPUsageError, match=message):
+        method().fit(model, Rest(batches))
 
 
 # -- precision -------------------------------------------------------------------------------------
