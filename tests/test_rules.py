@@ -468,6 +468,17 @@ PRODUCTS = [
     product("Tensor.matmul", lambda p, x: x.matmul(p["w"]), "matmul", 5),
     product("torch.mm", lambda p, x: torch.mm(x, p["w"]), "matmul", 5),
     product("Tensor.mm", lambda p, x: x.flatten(0, 1).mm(p["w"]).view(len(x), -1), "matmul", T, 5),
+    product("torch.matmul by name", lambda p, x: torch.matmul(x, other=p["w"]), "matmul", T, 5),
+    product(
+        "torch.matmul, both by name",
+        lambda p, x: torch.matmul(other=p["w"], input=x),
+        "matmul",
+        5,
+    ),
+    product("torch.mm by name", lambda p, x: torch.mm(x, mat2=p["w"]), "matmul", 5),
+    product("Tensor.matmul by name", lambda p, x: x.matmul(other=p["w"]), "matmul", T, 5),
+    product("Tensor.mm by name", lambda p, x: x.mm(mat2=p["w"]), "matmul", 5),
+    product("torch.matmul by NumPy's name", lambda p, x: torch.matmul(x, x2=p["w"]), "slow", 5),
     product("@, a weight for the left side", lambda p, x: p["w"] @ x, "slow", 3, 2),
     product(
         "addmm with factors",
