@@ -138,7 +138,7 @@ class ModelData:
         IFVPUsageError
             If an example has no target, or targets differ in shape.
         """
-        if isinstance(self.dataset, TensorDataset):
+        if type(self.dataset) is TensorDataset:  # others may make examples in another way
             return np.asarray(_target(self.dataset.tensors)[self.indices].cpu())
         targets = []
         for index in self.indices:
@@ -200,17 +200,25 @@ class ModelData:
 
 def _refuse_samplers(loader: DataLoader[Any]) -> None:
     """Refuse a loader that may leave examples of its dataset out, or repeat some."""
-    sampler = sampler_of(loader)
-    whole = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
+    if isinstance(loader.dataset, IterableDataset):
+        return  # refused for what it is
+    batches, sampler = loader.batch_sampler, sampler_of(loader)
+    remedy = (
+        "and a ModelData is all of its dataset; give ModelData(model, loader.dataset, "
+        "indices=...) with the positions of its examples, and collate_fn= if the loader has one."
     )
-    if not whole and not isinstance(loader.dataset, IterableDataset):
+    if type(batches) is not BatchSampler:
+        raise IFVPUsageError(f"the loader draws by a batch_sampler of its own, {remedy}")
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == n
+    )
+    if not whole or len(sampler.data_source) != n:
+        raise IFVPUsageError(f"the loader draws by a {type(sampler).__name__} of its own, {remedy}")
+    if batches.drop_last and n % batches.batch_size:
         raise IFVPUsageError(
-            f"the loader draws by a {type(sampler).__name__}, and a ModelData is all of its "
-            "dataset; give ModelData(model, loader.dataset, indices=...) with the positions of "
-            "its examples, and collate_fn= if the loader has one."
+            f"the loader has drop_last=True, which drops {n % batches.batch_size} of {n} "
+            f"examples, {remedy}"
         )
 
 
