@@ -320,6 +320,32 @@ def lost_attribute(description, header):
 
 
 @pytest.mark.parametrize(
+    "name", ["dtype_", "coverage_", "n_samples_seen_", "_settings", "_traces", "parameter_names_"]
+)
+@pytest.mark.parametrize("value", ["lost", None, 1.5, 2**70])
+def test_fitted_attributes_are_checked(saved, name, value):
+    def change(description, header):
+        items = [item for item in header["fitted"]["items"] if item[0] != name]
+        header["fitted"]["items"] = items + [[name, value]] * (value != "lost")
+
+    if (name, value) == ("n_samples_seen_", 2**70):
+        return  # it is an integer
+    changed(saved, change)
+    with pytest.raises(IFVPUsageError, match=f"is damaged.*{name}"):
+        fimkit.load(saved)
+
+
+def test_integers_without_end_are_refused(saved):
+    def change(description, header):
+        written = json.dumps(header["fitted"])
+        header["fitted"] = json.loads(re.sub(r'"groups": \d+', f'"groups": {2**70}', written))
+
+    changed(saved, change)
+    with pytest.raises(IFVPUsageError, match="is damaged"):
+        fimkit.load(saved)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (other_version, r"by fimkit 9.0 in version 2 .*up to 1; install a later fimkit"),
