@@ -185,6 +185,12 @@ class ModelData:
             indices=indices,
         )
 
+    def __array__(self, *args: Any, **kwargs: Any) -> npt.NDArray[Any]:
+        raise IFVPUsageError(
+            "a ModelData holds a model and examples, no numbers; an estimator's transform(data) "
+            "makes an array of it, so begin a pipeline with one of fimkit's."
+        )
+
     def __repr__(self) -> str:
         n, p = self.shape
         return f"ModelData({type(self.model).__name__}, n={n}, p={p})"
@@ -411,7 +417,7 @@ def _map_style(dataset: Any) -> Any:
                     f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
                     "integers, for instance by sklearn.preprocessing.LabelEncoder."
                 )
-        arrays = [torch.as_tensor(item) for item in listed]
+        arrays = [_tensor(item) for item in listed]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
             raise IFVPUsageError(
@@ -422,7 +428,7 @@ def _map_style(dataset: Any) -> Any:
     if any(are_arrays):
         kinds = ", ".join(type(item).__name__ for item in listed)
         raise IFVPUsageError(f"dataset holds {kinds}; give (inputs, targets) as tensors or arrays.")
-    foreign = isinstance(dataset, IterableDataset | nn.Module | Mapping | str | type)
+    foreign = isinstance(dataset, ModelData | IterableDataset | nn.Module | Mapping | str | type)
     if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise IFVPUsageError(
             f"dataset must have a length and be indexable by integers; got {described(dataset)}. "
@@ -430,6 +436,14 @@ def _map_style(dataset: Any) -> Any:
             "batches goes to fit(model, dataloader) directly."
         )
     return dataset
+
+
+def _tensor(array: Tensor | npt.NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, copied where torch has no such memory."""
+    if isinstance(array, Tensor):
+        return array
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def _positions(indices: Any, n: int) -> npt.NDArray[np.integer[Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.utils.data import (
@@ -272,6 +273,32 @@ def test_no_targets(model, source):
 def test_errors_of_indexing(model, key, error, message):
     with pytest.raises(error, match=message):
         ModelData(model, Pairs())[key]
+
+
+def frozen(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a[::-1].copy()[::-1], lambda a: a.astype(a.dtype.newbyteorder(">")), frozen],
+    ids=["negative strides", "big-endian", "read-only"],
+)
+def test_arrays_of_any_memory(model, change):
+    data = ModelData(model, (change(X.numpy()), change(Y.numpy())), batch_size=4)
+    assert inputs(data) == list(range(N))
+    assert data.targets.tolist() == Y.tolist()
+
+
+def test_a_model_data_is_no_array(model):
+    data = ModelData(model, (X, Y))
+    for call in (np.asarray, PCA().fit):
+        with pytest.raises(IFVPUsageError, match=r"no numbers; an estimator's transform\(data\)"):
+            call(data)
+    with pytest.raises(IFVPUsageError, match=r"must have a length .* got ModelData"):
+        ModelData(model, data)
 
 
 PART = TensorDataset(torch.zeros(6, 3), torch.zeros(6))
