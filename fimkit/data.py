@@ -28,12 +28,11 @@ from fimkit.exceptions import IFVPUsageError
 __all__ = [
     "Indices",
     "ModelData",
-    "OwnPositions",
     "check_batches",
     "check_model_data",
     "described",
+    "distribution",
     "indexed_batches",
-    "sampler_of",
 ]
 
 
@@ -208,7 +207,7 @@ def _refuse_samplers(loader: DataLoader[Any]) -> None:
     """Refuse a loader that may leave examples of its dataset out, or repeat some."""
     if isinstance(loader.dataset, IterableDataset):
         return  # refused for what it is
-    batches, sampler = loader.batch_sampler, sampler_of(loader)
+    batches, sampler = loader.batch_sampler, _sampler_of(loader)
     remedy = (
         "and a ModelData is all of its dataset; give ModelData(model, loader.dataset, "
         "indices=...) with the positions of its examples, and collate_fn= if the loader has one."
@@ -228,7 +227,7 @@ def _refuse_samplers(loader: DataLoader[Any]) -> None:
         )
 
 
-def sampler_of(loader: DataLoader[Any]) -> Any:
+def _sampler_of(loader: DataLoader[Any]) -> Any:
     """Return what a loader takes its examples' positions from."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
@@ -314,7 +313,7 @@ def _remade(
     )
 
 
-class OwnPositions(Sampler[int]):
+class _OwnPositions(Sampler[int]):
     """What a `DistributedSampler` draws for its rank, without what it repeats to fill up.
 
     Parameters
@@ -323,19 +322,19 @@ class OwnPositions(Sampler[int]):
     """
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
-        self.num_replicas, self.rank = sampler.num_replicas, sampler.rank
-        self._sampler = sampler
+        self.whole = sampler
 
     def __iter__(self) -> Iterator[int]:
-        return islice(self._sampler, len(self))
+        return islice(self.whole, len(self))
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self._sampler.dataset), self.num_replicas))  # type: ignore[arg-type]
+        whole = self.whole
+        return len(range(whole.rank, len(whole.dataset), whole.num_replicas))  # type: ignore[arg-type]
 
 
 def _without_repeats(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader that draws no example twice for a `DistributedSampler` to be even."""
-    sampler = sampler_of(loader)
+    sampler = _sampler_of(loader)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return loader
     n = len(sampler.dataset)  # type: ignore[arg-type]
@@ -349,8 +348,33 @@ def _without_repeats(loader: DataLoader[Any]) -> DataLoader[Any]:
             f"that all {sampler.num_replicas} ranks have as many; give a plain DataLoader with a "
             "plain DistributedSampler, of which each example is taken once, or drop_last=True."
         )
-    own = BatchSampler(OwnPositions(sampler), batches.batch_size, batches.drop_last)
+    own = BatchSampler(_OwnPositions(sampler), batches.batch_size, batches.drop_last)
     return _remade(loader, loader.dataset, own, loader.collate_fn)
+
+
+def distribution(data: Any) -> dict[str, Any] | None:
+    """Return how a `DistributedSampler` shares a dataset out, by the names of its arguments.
+
+    Returns
+    -------
+    arguments : dict of str to object, or None
+        ``rank``, and what must be the same for all ranks so that none takes another's examples.
+        None where data are not drawn by one.
+    """
+    sampler = _sampler_of(data) if isinstance(data, DataLoader) else None
+    if isinstance(sampler, _OwnPositions):
+        sampler = sampler.whole
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    order = {"seed": sampler.seed, "epoch": sampler.epoch} if sampler.shuffle else {}
+    return {
+        "rank": sampler.rank,
+        "num_replicas": sampler.num_replicas,
+        "len(dataset)": len(sampler.dataset),  # type: ignore[arg-type]
+        "drop_last": sampler.drop_last,
+        "shuffle": sampler.shuffle,
+        **order,
+    }
 
 
 def described(value: Any) -> str:

@@ -534,6 +534,20 @@ def test_a_mask_that_fits_no_layer_is_told(method, shape):
         method(loss=loss).fit(model, [batch | {"attention_mask": torch.ones(shape)}])
 
 
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_a_mask_is_not_missed_in_whole_gradients(method):
+    """Of a tied table the sides are of examples, whatever the mask; nor is it where none is."""
+    model, ids = SITUATIONS["tied table"].model(), SITUATIONS["tied table"].batch(N)[0]
+
+    def loss(model, batch):
+        ids, mask = batch
+        losses = nn.functional.cross_entropy(model(ids).mT, ids, reduction="none")
+        return (losses * mask).sum(1), mask
+
+    for parameters in ("table.weight", "body.bias"):
+        method(loss=loss, parameters=parameters).fit(model, [(ids, torch.ones_like(ids))])
+
+
 def some_positions(n, length):
     """Return a mask that keeps a part of all positions, at least one of each example."""
     mask = torch.rand(n, length, generator=torch.Generator().manual_seed(4)) < 0.6
@@ -552,6 +566,7 @@ def some_positions(n, length):
         ("called twice", 4),
         ("table", 4),
         ("table looked up twice", 4),
+        ("convolution in 1-D", 3),
     ],
 )
 def test_masks_select_positions_of_the_factors_only(name, length, where, sharing):
@@ -582,6 +597,35 @@ def test_masks_select_positions_of_the_factors_only(name, length, where, sharing
     for weight, layer in layers.items():
         found = blocks_of(ekfac)[key_of(weight)][1]
         assert found.trace() == pytest.approx(float(layer.fisher().trace()), rel=1e-10)
+        assert difference(found.to_dense(), layer.ekfac()) <= 1e-9
+        assert difference(blocks_of(kfac)[key_of(weight)][1].to_dense(), layer.kfac()) <= 1e-12
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_lengths_that_differ_beside_a_layer_with_one_position(fisher):
+    """The exact Fisher has as many rows per example as tokens: others in every batch."""
+
+    def forward(self, x):
+        return self.head((self.each(x) + self.mean(x.mean(1))[:, None]).tanh()).transpose(1, 2)
+
+    parts = {"each": nn.Linear(5, 4), "mean": nn.Linear(5, 4), "head": nn.Linear(4, 3)}
+    model = situation("two lengths", lambda: Apply(forward, **parts), None).model()
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (
+            torch.randn(n, length, 5, generator=generator, dtype=torch.float64),
+            torch.randint(3, (n, length), generator=generator),
+        )
+        for n, length in ((4, 2), (5, 4), (1, 4), (6, 2), (4, 2))
+    ]
+    examples = [reference.take(batch, [i]) for batch in batches for i in range(len(batch[0]))]
+    example_loss = reference.negative_log_likelihood_of_maps
+    exact = fisher == "exact"
+    scalars = kronecker.exact_softmax(1) if exact else kronecker.empirical(example_loss)
+    layers = kronecker.layers(model, scalars, examples)
+    ekfac, kfac = (method(fisher=fisher).fit(model, batches) for method in (EKFAC, KFAC))
+    for weight, layer in layers.items():
+        found = blocks_of(ekfac)[key_of(weight)][1]
         assert difference(found.to_dense(), layer.ekfac()) <= 1e-9
         assert difference(blocks_of(kfac)[key_of(weight)][1].to_dense(), layer.kfac()) <= 1e-12
 

@@ -95,6 +95,10 @@ def column_loss(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")[:, None]
 
 
+def one_loss(model, batch):
+    return scalar_loss(model, batch)[None]
+
+
 def number_loss(model, batch):
     return 1.0
 
@@ -271,7 +275,19 @@ FAILURES = {
     "a scalar loss": (
         {"loss": scalar_loss},
         lambda: (model(), [batch()]),
-        r"loss=scalar_loss returned a tensor of shape \(\); expected one loss per example",
+        r"loss=scalar_loss returned a tensor of shape \(\); expected one loss per example.*"
+        "reduction as 'none'.*Hugging Face.*'causal_lm'",
+    ),
+    "one loss for all examples": (
+        {"loss": one_loss},
+        lambda: (model(), [batch()]),
+        r"batch 0: loss=one_loss returned one loss for 6 examples.*expected shape \(6,\), so give "
+        "its reduction as 'none'.*'causal_lm'.*single example",
+    ),
+    "one loss for all examples of a mapping": (
+        {"loss": lambda model, batch: one_loss(model, (batch["x"], batch["y"]))},
+        lambda: (model(), [{"x": batch()[0], "y": batch()[1], "name": "train"}]),
+        r"returned one loss for 6 examples.*expected shape \(6,\)",
     ),
     "losses in a column": (
         {"loss": column_loss},

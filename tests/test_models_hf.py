@@ -191,6 +191,17 @@ def test_sequence_classification(name):
     exactness.check(CLASSIFIERS[name](), classified(), reference.negative_log_likelihood, fast=FAST)
 
 
+@pytest.mark.parametrize("classes", [T, 3])
+def test_token_classification(classes):
+    """Also with as many classes as tokens."""
+    config = transformers.BertConfig(**WIDTHS, max_position_embeddings=12, num_labels=classes)
+    model = shaken(transformers.BertForTokenClassification(config))
+    batch = tokens()
+    labels = torch.randint(classes, (N, T), generator=torch.Generator().manual_seed(3))
+    batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    exactness.check(model, batch, reference.negative_log_likelihood, fast=FAST)
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_language_models(name):
     exactness.check(CAUSAL[name](), continued(), of_next_tokens, loss="causal_lm", fast=FAST)

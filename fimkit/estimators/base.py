@@ -7,6 +7,7 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from fimkit.estimators.regularization import (
     given_regularizations,
     resolve_regularization,
 )
-from fimkit.estimators.run import Run
+from fimkit.estimators.run import Run, inside
 from fimkit.estimators.scores import ScoresMixin
 from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
@@ -43,7 +44,9 @@ from fimkit.gradients import (
     FisherKind,
     Objective,
     differentiating,
+    divided,
     evaluating,
+    whole,
 )
 from fimkit.losses import LOSSES, Loss, measured
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix, ShardedRowMatrix
@@ -164,17 +167,24 @@ class FisherEstimator(  # type: ignore[call-arg]
             self._validate_params()
             if not isinstance(self.regularization, str):
                 given_regularizations(self.regularization)
-            run = Run(Settings.of(self), model, dataloader, ranks=ranks)
+            settings = Settings.of(self)
             _check_interval(checkpoint_every)
-            needed = checkpoint is not None or not ranks.alone
-            known = identity(self, run.model) if needed else {}
-        ranks.check_same(known, _SAME)
-        run.agree()
-        with ranks.together():
-            if checkpoint is not None:
-                run.checkpoint = Checkpoint(checkpoint, checkpoint_every, ranks, known, run.device)
-        with evaluating(run.model):
-            fitted = self._fit(run)
+        ranks.check_same({"what fully_shard divides": divided(inside(model))}, _SAME)
+        with ExitStack() as stack:
+            with ranks.together():
+                stack.enter_context(whole(inside(model)))
+                run = Run(settings, model, dataloader, ranks=ranks)
+                needed = checkpoint is not None or not ranks.alone
+                known = identity(self, run.model) if needed else {}
+            ranks.check_same(known, _SAME)
+            run.agree()
+            with ranks.together():
+                if checkpoint is not None:
+                    run.checkpoint = Checkpoint(
+                        checkpoint, checkpoint_every, ranks, known, run.device
+                    )
+            with run.passing(), evaluating(run.model):
+                fitted = self._fit(run)
         _refuse_overflow(fitted)
         if not isinstance(self.regularization, str):
             block_regularizations(self.regularization, list(fitted["_blocks"]))
@@ -447,22 +457,23 @@ class FisherEstimator(  # type: ignore[call-arg]
             objective = Objective(objective.loss, fisher)
         objective = replace(objective, loss=measured(objective.loss, measurement))
         settings = replace(settings, objective=objective)
-        run = Run(settings, data, space=self._space)
-        run.blocks = {
-            name: i
-            for i, columns in enumerate(self._blocks.values())
-            for name, place in self._space.slices.items()
-            if columns.locate(Columns((place,))) is not None
-        }
-        turns, batches = EvaluationTurns(run.model), run.gradients()
-        with differentiating():
-            while True:  # between batches, which may be for long, other threads have their turn
-                with turns.turn():
-                    gradients = next(batches, None)
-                    if gradients is None:
-                        return
-                    taken = take(gradients)
-                yield taken
+        with whole(inside(data)):
+            run = Run(settings, data, space=self._space)
+            run.blocks = {
+                name: i
+                for i, columns in enumerate(self._blocks.values())
+                for name, place in self._space.slices.items()
+                if columns.locate(Columns((place,))) is not None
+            }
+            turns, batches = EvaluationTurns(run.model), run.gradients()
+            with differentiating():
+                while True:  # between batches, which may be for long, other threads have a turn
+                    with turns.turn():
+                        gradients = next(batches, None)
+                        if gradients is None:
+                            return
+                        taken = take(gradients)
+                    yield taken
 
 
 def _check_interval(every: Any) -> None:

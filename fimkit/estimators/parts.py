@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -165,13 +164,9 @@ class LayerParts:
         mask = gradients.mask
         if mask is None or mask.shape[1] == 1 or self._mask_met:
             return
-        self._masked = True
-        self._mask_met = any(
-            math.prod(call.use.lead) == mask.numel()
-            for group in gradients.groups
-            if group.key in self.layers
-            for call in group.calls
-        )
+        layers = [layer for layer in self.layers.values() if layer.has_positions]
+        self._masked = self._masked or bool(layers)
+        self._mask_met = any(layer.mask_met for layer in layers)
 
     def rest(self, key: str, n: int) -> tuple[Operator, str]:
         """Return the operator of parameters outside Kronecker layers, and how it is called."""

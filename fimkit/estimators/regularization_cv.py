@@ -15,8 +15,12 @@ from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.validation import check_is_fitted
 
 from fimkit.data import ModelData, check_model_data
+from fimkit.distributed import Ranks
+from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.regularization import regularization_path
-from fimkit.exceptions import SingularFisherError
+from fimkit.estimators.run import inside
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.gradients import whole
 
 __all__ = ["RegularizationCV"]
 
@@ -24,6 +28,9 @@ _GRID = tuple(np.logspace(-6, 0, 13).tolist())
 
 # Relative differences between scores that are rounding, whatever their spread over folds is.
 _ROUNDING = 1e-9
+
+
+_SAME = "All ranks choose among the same regularizations, over as many folds; give each the same."
 
 
 class RegularizationCV(  # type: ignore[call-arg]
@@ -113,6 +120,8 @@ class RegularizationCV(  # type: ignore[call-arg]
         Parameters
         ----------
         data : ModelData
+            In a process group the rank's own part; the score of a fold is then the mean over the
+            held-out examples of all ranks, which choose one λ.
         y : array-like of shape (n,), optional
             Labels for splitters that stratify, such as ``data.targets``.
         groups : array-like of shape (n,), optional
@@ -125,7 +134,8 @@ class RegularizationCV(  # type: ignore[call-arg]
         Raises
         ------
         IFVPUsageError
-            If the data are no `ModelData`, or a regularization is no number of at least 0.
+            If the data are no `ModelData`, or a regularization is no number of at least 0; or if
+            rows stay on the ranks of a process group, as `DataInf`'s do.
         SingularFisherError
             If a fold is singular at all of the regularizations.
 
@@ -137,15 +147,16 @@ class RegularizationCV(  # type: ignore[call-arg]
             singular at some of them, as at 0 it usually is: their scores are NaN, and they are not
             chosen.
         """
-        self._validate_params()
-        check_model_data(data, "data")
-        grid = regularization_path(self.regularizations)
-        splitter = check_cv(self.cv, y)
-        folds = list(splitter.split(data, y, groups))
-        estimator = clone(self.estimator).set_params(regularization=max(grid))
-        scores = np.stack(
-            [_scores(clone(estimator).fit(data[train]), data[test], grid) for train, test in folds]
-        )
+        ranks = Ranks.current()
+        with ranks.together():
+            self._validate_params()
+            check_model_data(data, "data")
+            grid = regularization_path(self.regularizations)
+            folds = list(check_cv(self.cv, y).split(data, y, groups))
+            estimator = clone(self.estimator).set_params(regularization=max(grid))
+        ranks.check_same({"regularizations": grid, "the number of folds": len(folds)}, _SAME)
+        with whole(inside(data)):
+            scores = np.stack([_score(estimator, data, fold, grid, ranks) for fold in folds])
         results = _results(grid, scores)
         _warn_of_singular(grid, results["mean_test_score"])
         best = int(np.nanargmax(results["mean_test_score"]))
@@ -210,7 +221,28 @@ class RegularizationCV(  # type: ignore[call-arg]
         return self.__dict__["estimator_"]
 
 
-def _scores(fitted: Any, data: ModelData, grid: list[float]) -> npt.NDArray[np.float64]:
+def _score(
+    estimator: Any, data: ModelData, fold: tuple[Any, Any], grid: list[float], ranks: Ranks
+) -> npt.NDArray[np.float64]:
+    """Return the mean score of all ranks' held-out examples at each λ, shape (L,)."""
+    train, test = fold
+    fitted = clone(estimator).fit(data[train])
+    if isinstance(fitted, FisherEstimator) and fitted._is_sharded():
+        raise IFVPUsageError(
+            f"{type(fitted).__name__} leaves its rows on the ranks that computed them, which all "
+            "must give the same held-out gradients, and each has its own; choose the "
+            "regularization in one process, or by another estimator (EKFAC, or Explicit with "
+            "solver='primal')."
+        )
+    with ranks.together():
+        own = _path(fitted, data[test], grid)
+    parts = ranks.gather((len(test), own))
+    n = sum(size for size, _ in parts)
+    mean: npt.NDArray[np.float64] = sum(size / n * each for size, each in parts)
+    return mean
+
+
+def _path(fitted: Any, data: ModelData, grid: list[float]) -> npt.NDArray[np.float64]:
     """Return the scores of a path, NaN where the fit is singular."""
     try:
         scores: npt.NDArray[np.float64] = fitted.score_path(data, grid)
@@ -218,7 +250,7 @@ def _scores(fitted: Any, data: ModelData, grid: list[float]) -> npt.NDArray[np.f
         if len(grid) == 1:
             return np.array([np.nan])
         half = len(grid) // 2  # those that are singular are mostly neighbours
-        return np.concatenate([_scores(fitted, data, part) for part in (grid[:half], grid[half:])])
+        return np.concatenate([_path(fitted, data, part) for part in (grid[:half], grid[half:])])
     return scores
 
 

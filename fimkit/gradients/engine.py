@@ -76,10 +76,14 @@ class _Pass:
 
 
 class _Found(NamedTuple):
-    """Where the examples of each call are; guessed where a call had no gradient to tell."""
+    """Where the examples of each call are.
+
+    Guessed where a call had no gradient to tell, proven where the batch had any at all.
+    """
 
     layouts: list[BatchLayout | None]
     guessed: bool
+    proven: bool
 
 
 class GradientEngine:
@@ -161,7 +165,9 @@ class GradientEngine:
         """
         run = self._forward(batch, uniforms)
         shared = {
-            t.untyped_storage().data_ptr() for t in (*tensors(batch), *held_tensors(self._model))
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*tensors(batch), *held_tensors(self._model))
+            if tensor.layout == torch.strided  # a sparse one has no storage, nor any view
         }
         for use in run.uses:  # before the model runs again
             use.own_input(shared)
@@ -169,7 +175,9 @@ class GradientEngine:
         key = run.key
         found = self._found.get(key)
         if found is None or not self._holds(found, run, signals):
-            found = self._found[key] = self._verify(run, signals)
+            found = self._verify(run, signals)
+            if found.proven:
+                self._found[key] = found
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
@@ -194,10 +202,12 @@ class GradientEngine:
             )
         if not scalars.shape[0]:
             raise IFVPUsageError("it has no examples; remove empty batches.")
+        self._objective.check_number(len(scalars), batch)
         if not scalars.requires_grad:
             raise IFVPUsageError(
-                "the losses do not depend on any selected parameter through autograd: the model "
-                "or the loss detaches its result, for instance by torch.no_grad() or .item()."
+                f"the values of {self._objective.loss.name} do not depend on any selected "
+                "parameter through autograd: it is constant, or it or the model detaches its "
+                "result, for instance by torch.no_grad() or .item()."
             )
         if mask is None:
             mask = _padding_mask(batch)
@@ -284,7 +294,7 @@ class GradientEngine:
         for name, parameter in self._parameters.items():
             if name in ways and id(parameter) in reached:
                 self.coverage[name] = ways[name]
-        return _Found(layouts, check.guessed)
+        return _Found(layouts, check.guessed, check.tells)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["CallableLoss", "Loss", "Uniforms", "described"]
+__all__ = ["CallableLoss", "Loss", "Uniforms", "described", "logits_of", "run"]
 
 #: Numbers in [0, 1) of a shape with the examples first, by random state, example and sample.
 Uniforms = Callable[[Sequence[int]], Tensor]
@@ -30,12 +30,8 @@ class Loss:
         A tuple or list is ``(*inputs, targets)``; of a mapping, ``labels`` are the targets and
         the rest keyword arguments. An output object's ``logits`` are taken when it has them.
         """
-        if isinstance(batch, Mapping):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            out = model(**inputs)
-        else:
-            out = model(*_sequence(batch)[:-1])
-        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        out = run(model, batch)
+        logits = logits_of(out)
         return out if logits is None else logits
 
     def targets(self, batch: Any) -> Any:
@@ -49,6 +45,13 @@ class Loss:
                 )
             return batch["labels"]
         return _sequence(batch)[-1]
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return what is likely wrong about a batch that can be computed, as a warning tells it.
+
+        Asked of every batch as the loader gives it, until one is answered by more than None.
+        """
+        return None
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the loss of each example, shape ``(B,)``, or ``(losses, mask)``."""
@@ -121,6 +124,18 @@ class CallableLoss(Loss):
     def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the function's result."""
         return outputs  # type: ignore[no-any-return]
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Return what the model returns for the inputs of a batch, by the rule of `Loss.outputs`."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(*_sequence(batch)[:-1])
+
+
+def logits_of(out: Any) -> Any:
+    """Return the ``logits`` of an output object or mapping, None where it has none."""
+    return out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
 
 
 def described(value: Any) -> str:
