@@ -335,7 +335,7 @@ def test_a_tensor_that_all_examples_share(one_by_one, ignored):
     """
 
     def forward(self, x, scales):
-        out = self.layer(x * scales[:, None]) + self.shift
+        out = torch.atan2(self.layer(x * scales[:, None]), self.shift)
         if one_by_one and bool((out > 99).all()):  # which vmap cannot tell
             raise AssertionError
         return out.tanh().sum(1)
