@@ -443,7 +443,7 @@ class MaskedLoss(CrossEntropy):
         return super().losses(logits, labels), mask
 
     def outputs(self, model, batch):
-        return (model(batch[0], batch[1]),)
+        return (model(batch[0], batch[1]).mT,)  # classes in dimension 1
 
     def targets(self, batch):
         return batch[2], batch[1]

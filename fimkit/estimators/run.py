@@ -320,7 +320,7 @@ class Run:
         for i, (_, batch) in islice(numbered, start):
             self._check_again(i, batch)
             passed = i + 1
-        if passed < start:
+        if passed < start and self.checkpoint is not None:
             raise IFVPUsageError(
                 f"the data have {passed} batches, and {start} had been passed when the checkpoint "
                 "was written; give the same data in the same order, or another folder to begin "
