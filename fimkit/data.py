@@ -28,12 +28,11 @@ from fimkit.exceptions import IFVPUsageError
 __all__ = [
     "Indices",
     "ModelData",
-    "OwnPositions",
     "check_batches",
     "check_model_data",
     "described",
+    "distribution",
     "indexed_batches",
-    "sampler_of",
 ]
 
 
@@ -138,7 +137,7 @@ class ModelData:
         IFVPUsageError
             If an example has no target, or targets differ in shape.
         """
-        if isinstance(self.dataset, TensorDataset):
+        if type(self.dataset) is TensorDataset:  # others may make examples in another way
             return np.asarray(_target(self.dataset.tensors)[self.indices].cpu())
         targets = []
         for index in self.indices:
@@ -185,6 +184,12 @@ class ModelData:
             indices=indices,
         )
 
+    def __array__(self, *args: Any, **kwargs: Any) -> npt.NDArray[Any]:
+        raise IFVPUsageError(
+            "a ModelData holds a model and examples, no numbers; an estimator's transform(data) "
+            "makes an array of it, so begin a pipeline with one of fimkit's."
+        )
+
     def __repr__(self) -> str:
         n, p = self.shape
         return f"ModelData({type(self.model).__name__}, n={n}, p={p})"
@@ -200,21 +205,29 @@ class ModelData:
 
 def _refuse_samplers(loader: DataLoader[Any]) -> None:
     """Refuse a loader that may leave examples of its dataset out, or repeat some."""
-    sampler = sampler_of(loader)
-    whole = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
+    if isinstance(loader.dataset, IterableDataset):
+        return  # refused for what it is
+    batches, sampler = loader.batch_sampler, _sampler_of(loader)
+    remedy = (
+        "and a ModelData is all of its dataset; give ModelData(model, loader.dataset, "
+        "indices=...) with the positions of its examples, and collate_fn= if the loader has one."
     )
-    if not whole and not isinstance(loader.dataset, IterableDataset):
+    if type(batches) is not BatchSampler:
+        raise IFVPUsageError(f"the loader draws by a batch_sampler of its own, {remedy}")
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == n
+    )
+    if not whole or len(sampler.data_source) != n:
+        raise IFVPUsageError(f"the loader draws by a {type(sampler).__name__} of its own, {remedy}")
+    if batches.drop_last and n % batches.batch_size:
         raise IFVPUsageError(
-            f"the loader draws by a {type(sampler).__name__}, and a ModelData is all of its "
-            "dataset; give ModelData(model, loader.dataset, indices=...) with the positions of "
-            "its examples, and collate_fn= if the loader has one."
+            f"the loader has drop_last=True, which drops {n % batches.batch_size} of {n} "
+            f"examples, {remedy}"
         )
 
 
-def sampler_of(loader: DataLoader[Any]) -> Any:
+def _sampler_of(loader: DataLoader[Any]) -> Any:
     """Return what a loader takes its examples' positions from."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
@@ -300,7 +313,7 @@ def _remade(
     )
 
 
-class OwnPositions(Sampler[int]):
+class _OwnPositions(Sampler[int]):
     """What a `DistributedSampler` draws for its rank, without what it repeats to fill up.
 
     Parameters
@@ -309,19 +322,19 @@ class OwnPositions(Sampler[int]):
     """
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
-        self.num_replicas, self.rank = sampler.num_replicas, sampler.rank
-        self._sampler = sampler
+        self.whole = sampler
 
     def __iter__(self) -> Iterator[int]:
-        return islice(self._sampler, len(self))
+        return islice(self.whole, len(self))
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self._sampler.dataset), self.num_replicas))  # type: ignore[arg-type]
+        whole = self.whole
+        return len(range(whole.rank, len(whole.dataset), whole.num_replicas))  # type: ignore[arg-type]
 
 
 def _without_repeats(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader that draws no example twice for a `DistributedSampler` to be even."""
-    sampler = sampler_of(loader)
+    sampler = _sampler_of(loader)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return loader
     n = len(sampler.dataset)  # type: ignore[arg-type]
@@ -335,8 +348,33 @@ def _without_repeats(loader: DataLoader[Any]) -> DataLoader[Any]:
             f"that all {sampler.num_replicas} ranks have as many; give a plain DataLoader with a "
             "plain DistributedSampler, of which each example is taken once, or drop_last=True."
         )
-    own = BatchSampler(OwnPositions(sampler), batches.batch_size, batches.drop_last)
+    own = BatchSampler(_OwnPositions(sampler), batches.batch_size, batches.drop_last)
     return _remade(loader, loader.dataset, own, loader.collate_fn)
+
+
+def distribution(data: Any) -> dict[str, Any] | None:
+    """Return how a `DistributedSampler` shares a dataset out, by the names of its arguments.
+
+    Returns
+    -------
+    arguments : dict of str to object, or None
+        ``rank``, and what must be the same for all ranks so that none takes another's examples.
+        None where data are not drawn by one.
+    """
+    sampler = _sampler_of(data) if isinstance(data, DataLoader) else None
+    if isinstance(sampler, _OwnPositions):
+        sampler = sampler.whole
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    order = {"seed": sampler.seed, "epoch": sampler.epoch} if sampler.shuffle else {}
+    return {
+        "rank": sampler.rank,
+        "num_replicas": sampler.num_replicas,
+        "len(dataset)": len(sampler.dataset),  # type: ignore[arg-type]
+        "drop_last": sampler.drop_last,
+        "shuffle": sampler.shuffle,
+        **order,
+    }
 
 
 def described(value: Any) -> str:
@@ -403,7 +441,7 @@ def _map_style(dataset: Any) -> Any:
                     f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
                     "integers, for instance by sklearn.preprocessing.LabelEncoder."
                 )
-        arrays = [torch.as_tensor(item) for item in listed]
+        arrays = [_tensor(item) for item in listed]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
             raise IFVPUsageError(
@@ -414,7 +452,7 @@ def _map_style(dataset: Any) -> Any:
     if any(are_arrays):
         kinds = ", ".join(type(item).__name__ for item in listed)
         raise IFVPUsageError(f"dataset holds {kinds}; give (inputs, targets) as tensors or arrays.")
-    foreign = isinstance(dataset, IterableDataset | nn.Module | Mapping | str | type)
+    foreign = isinstance(dataset, ModelData | IterableDataset | nn.Module | Mapping | str | type)
     if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise IFVPUsageError(
             f"dataset must have a length and be indexable by integers; got {described(dataset)}. "
@@ -422,6 +460,14 @@ def _map_style(dataset: Any) -> Any:
             "batches goes to fit(model, dataloader) directly."
         )
     return dataset
+
+
+def _tensor(array: Tensor | npt.NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, copied where torch has no such memory."""
+    if isinstance(array, Tensor):
+        return array
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def _positions(indices: Any, n: int) -> npt.NDArray[np.integer[Any]]:

@@ -2,13 +2,14 @@
 
 Ranks pass over their own data without a word to each other and meet at the end of each pass, so
 that they may have any number of examples and batches. What went wrong on one is exchanged before
-anything else is, so that none waits for what never comes.
+anything else is, so that none waits for what never comes. It is left in the group's store at once,
+for ranks that are so late that the others have given up waiting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -86,6 +87,9 @@ class Ranks:
         try:
             collective(*arguments)
         except RuntimeError as error:
+            left = self._read_notes()
+            if left:
+                raise RankError(_joined(left)) from error
             raise RankError(
                 f"rank {self.rank} lost the other ranks: one ended, or did not come within the "
                 "process group's timeout (init_process_group(timeout=...) must be longer than "
@@ -108,14 +112,32 @@ class Ranks:
         except Exception as error:
             if not self.alone:
                 error.add_note(f"on rank {self.rank} of {self.size}")
+                self._leave_note(_told(error))
                 try:
                     self.gather(_told(error))
                 except RankError as lost:  # this rank's own error tells more
                     error.add_note(str(lost))
+                else:
+                    self._leave_note("")
             raise
         failed = {i: told for i, told in enumerate(self.gather(None)) if told is not None}
         if failed:
-            raise RankError("; ".join(f"rank {i} failed: {told}" for i, told in failed.items()))
+            raise RankError(_joined(failed))
+
+    def _leave_note(self, text: str) -> None:
+        """Leave a text for ranks that come when this one no longer waits; an empty one is none."""
+        with suppress(RuntimeError):  # the store ends with the process that keeps it
+            _store().set(f"fimkit: rank {self.rank} failed", text)
+
+    def _read_notes(self) -> dict[int, str]:
+        """Return what the ranks left that failed and were not heard."""
+        found = {}
+        with suppress(RuntimeError):
+            for rank in range(self.size):
+                key = f"fimkit: rank {rank} failed"
+                if rank != self.rank and _store().check([key]):
+                    found[rank] = _store().get(key).decode()
+        return {rank: text for rank, text in found.items() if text}
 
     def check_same(self, values: Mapping[str, Any], remedy: str) -> None:
         """Raise on all ranks if they have other values under any name.
@@ -145,6 +167,15 @@ class Ranks:
             owners[piece] = load.index(min(load))
             load[owners[piece]] += costs[piece]
         return owners
+
+
+def _store() -> Any:
+    """Return where the ranks of the group found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _joined(failed: Mapping[int, str]) -> str:
+    return "; ".join(f"rank {rank} failed: {told}" for rank, told in failed.items())
 
 
 def _told(error: Exception) -> str:

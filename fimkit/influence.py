@@ -445,7 +445,7 @@ def _ifvps(estimator: FisherEstimator, queries: ModelData, measurement: Any) -> 
         dtype=_precision(estimator),
         device=estimator.device_,
     )
-    damping, start = _damping(estimator), 0
+    damping, start = estimator.regularization_, 0
     for rows in estimator.gradients(queries, measurement=measurement):
         out[start : start + rows.n] = estimator.fisher_.solve_rows(rows, damping, out.dtype)
         start += rows.n
@@ -470,7 +470,7 @@ def _part_scores(rows: RowMatrix, ifvps: Tensor, places: Sequence[Columns]) -> T
 
 def _own_scale(estimator: FisherEstimator, rows: RowMatrix, here: slice) -> Tensor:
     """Return the roots of the rows' self-influence, infinite where it is zero, shape ``(n,)``."""
-    own = estimator.fisher_.inverse_quadratic(rows, _damping(estimator)).double()
+    own = estimator.fisher_.inverse_quadratic(rows, estimator.regularization_).double()
     return torch.where(_finite(own, "train", here) > 0, own.sqrt(), torch.inf)
 
 
@@ -482,12 +482,6 @@ def _finite(values: Tensor, data: str, here: slice) -> Tensor:
             "overflow; fit the estimator with dtype=torch.float64, or scale the inputs or the loss."
         )
     return values
-
-
-def _damping(estimator: FisherEstimator) -> Any:
-    """Return λ as operators take it: one number, or one per block in order."""
-    damping = estimator.regularization_
-    return list(damping.values()) if isinstance(damping, dict) else damping
 
 
 def _highest(indices: npt.NDArray[np.intp], scores: Scores, k: int) -> TopK:

@@ -9,6 +9,7 @@ import pickle
 import signal
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import fimkit
-from fimkit import EKFAC, KFAC, DataInf, Diagonal, Explicit
+from fimkit import EKFAC, KFAC, DataInf, Diagonal, Explicit, influence
 
 N = 23
 
@@ -39,6 +40,17 @@ class Branching(nn.Module):
         return self.last(h)
 
 
+class Free(nn.Module):
+    """A parameter that no layer's rule covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return x * self.scale.exp()
+
+
 def problem(name):
     """Return a model, and all inputs and targets."""
     with torch.random.fork_rng():
@@ -56,6 +68,8 @@ def problem(name):
         model = nn.Sequential(nn.Linear(width, 4), nn.Tanh(), nn.Linear(4, 3))
         if name == "narrow":
             model = nn.Linear(width, 3)
+        if name == "scaled":
+            model = nn.Sequential(nn.Linear(5, 4), Free(), nn.Linear(4, 3))
         return model.double(), torch.randn(N, width, dtype=torch.float64), targets
 
 
@@ -91,6 +105,14 @@ CASES = {
     "ekfac, reduce": ("convolution", lambda: EKFAC(0.1, weight_sharing="reduce")),
     "kfac": ("convolution", lambda: KFAC()),
     "diagonal": ("convolution", lambda: Diagonal()),
+}
+
+
+# Models that are divided over the ranks; of "scaled" one parameter is met by no layer.
+SHARDED_CASES = {
+    **{name: CASES[name] for name in ("explicit primal", "explicit dual", "datainf")},
+    **{name: CASES[name] for name in ("ekfac, replayed", "ekfac, branching", "kfac", "diagonal")},
+    "scaled": ("scaled", lambda: EKFAC(0.1)),
 }
 
 
@@ -200,6 +222,47 @@ class Failing:
         raise OSError("the disk is gone")
 
 
+class Applied(nn.Module):
+    """A function that is no part of what a module shows of itself."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Scaled(nn.Module):
+    """A buffer that is in no state dict."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale).double(), persistent=False)
+
+    def forward(self, x):
+        return torch.tanh(self.scale * x)
+
+
+class Tempered(fimkit.losses.Loss):
+    """Cross-entropy at a temperature."""
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+
+    def losses(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs / self.temperature, targets, reduction="none")
+
+
+def loss_at(model, batch, t):
+    """Cross-entropy at a temperature, as a function."""
+    return Tempered(t).losses(model(batch[0]), batch[1])
+
+
+def _with(model, activation):
+    return nn.Sequential(model[0], activation, model[2])
+
+
 def shards_and_faults(rank, size, folder):
     """Fit what ranks may pass, right and wrong; return numbers and messages by name."""
     model, x, y = problem("mlp")
@@ -236,7 +299,23 @@ def shards_and_faults(rank, size, folder):
     dual.save(f"{folder}/dual.fimkit")
     stored = DataInf(0.1, storage=f"{folder}/rows").fit(model, own)
     found["stored"] = stored.transform(v)
-    found["other vectors"] = _raised(lambda: datainf.transform(v * (1 + rank)))
+    some = torch.stack([v, v.flip(0), torch.ones_like(v)])
+    for name, given in {
+        "longer": v * (1 + rank),
+        "turned": -v if rank else v,
+        "permuted": v.flip(0) if rank else v,
+        "one of three": some.roll(rank, 1) if rank else some,
+        "one number": v + rank * 1e-7 * torch.eye(len(v), dtype=v.dtype)[3],
+        "more": some[: 1 + rank],
+    }.items():
+        found["other vectors", name] = _raised(lambda given=given: datainf.transform(given))
+        found["other vectors, dual", name] = _raised(lambda given=given: dual.transform(given))
+    found["rounded"] = datainf.transform(v * (1 + rank * 1e-15))
+    whole = fimkit.ModelData(model, dataset, batch_size=8)
+    found["same data"] = datainf.transform(whole)
+    other = fimkit.ModelData(model, dataset, batch_size=8, indices=list(range(N))[:: 1 - 2 * rank])
+    found["other data"] = _raised(lambda: datainf.transform(other))
+    found["own data"] = _raised(lambda: DataInf(0.1).fit_transform(data))
     found["pickled"] = _raised(lambda: pickle.dumps(datainf))
 
     # A wrapped model, whose gradients are not touched.
@@ -248,8 +327,9 @@ def shards_and_faults(rank, size, folder):
     found["ddp, gradients"] = len(fired), [p.grad for p in wrapped.parameters()]
 
     # Faults of rank 1 alone.
-    def fault(data=own, given=model, **parameters):
-        estimator = EKFAC(**{"regularization": 0.1, **(parameters if rank == 1 else {})})
+    def fault(data=own, given=model, otherwise="cross_entropy", **parameters):
+        parameters = parameters if rank == 1 else {"loss": otherwise}
+        estimator = EKFAC(**{"regularization": 0.1, **parameters})
         return _raised(lambda: estimator.fit(given, data))
 
     bad = own[0][0].clone()
@@ -266,32 +346,134 @@ def shards_and_faults(rank, size, folder):
     found["weights"] = fault(given=other if rank == 1 else model)
     wide = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     found["shapes"] = fault(given=wide if rank == 1 else model)
-    twice = torch.utils.data.DistributedSampler(dataset, num_replicas=size, rank=0)
-    found["one shard"] = fault(torch.utils.data.DataLoader(dataset, sampler=twice, batch_size=4))
+    found["activation"] = fault(given=_with(model, nn.ReLU()) if rank == 1 else model)
+    found["slope"] = fault(given=_with(model, nn.LeakyReLU(0.1 + 0.1 * rank)))
+    found["function"] = fault(given=_with(model, Applied([torch.tanh, torch.sin][rank])))
+    found["buffer"] = fault(given=_with(model, Scaled(1.0 + rank)))
+    smoothing = nn.CrossEntropyLoss(label_smoothing=0.1)
+    found["loss option"] = fault(loss=smoothing, otherwise=nn.CrossEntropyLoss())
+    weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0]).double())
+    found["loss weights"] = fault(loss=weighted, otherwise=nn.CrossEntropyLoss())
+    found["loss attribute"] = fault(loss=Tempered(2.0), otherwise=Tempered(1.0))
+    found["loss argument"] = fault(loss=partial(loss_at, t=2.0), otherwise=partial(loss_at, t=1.0))
+    found["one shard"] = fault(_sampled(dataset, num_replicas=size, rank=0))
+    found["other seeds"] = fault(_sampled(dataset, seed=rank))
+    found["one shuffles"] = fault(_sampled(dataset, shuffle=rank == 0))
+    found["more replicas"] = fault(_sampled(dataset, num_replicas=4, rank=rank))
+    found["other lengths"] = fault(_sampled(torch.utils.data.Subset(dataset, range(20 + rank))))
+    found["one drops"] = fault(_sampled(dataset, drop_last=rank == 0))
+    found["one samples"] = fault(own if rank else _sampled(dataset))
+    later = _sampled(dataset)
+    later.sampler.set_epoch(rank)
+    found["other epochs"] = fault(later)
+    unshuffled = _sampled(dataset, shuffle=False, seed=rank)
+    found["seed unused"] = EKFAC(0.1).fit(model, unshuffled).transform(v)
     found["afterwards"] = EKFAC(0.1).fit(model, own).transform(v)
     return found
 
 
 def fully_sharded(rank, size):
-    """Fit a model whose parameters are divided, as it is and as a plain copy of it."""
+    """Fit models whose parameters are divided; return numbers, messages and states by name."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import (
+        FullyShardedDataParallel,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+
+    def divide(model, **options):
+        for layer in model.children():
+            if any(True for _ in layer.parameters(recurse=False)):
+                fully_shard(layer, mesh=mesh, **options)
+        return fully_shard(model, mesh=mesh, **options)
+
+    found = {}
+    for name, (kind, make) in SHARDED_CASES.items():
+        model, x, y = problem(kind)
+        step = 1 if kind == "branching" else 2 + rank
+        own = batches(x, y, shard(rank, size), step)
+        model_of_all = divide(problem(kind)[0])
+        before = _shown_state(model_of_all)
+        estimator = make().fit(model_of_all, own)
+        found[name] = results(estimator, model, x, y)
+        found[name, "unchanged"] = before == _shown_state(model_of_all)
+        # It is divided as before, and trains as before.
+        loss = nn.functional.cross_entropy(model_of_all(x), y)
+        loss.backward()
+        nn.functional.cross_entropy(model(x), y).backward()
+        found[name, "trains"] = all(
+            p.grad is q.grad is None or torch.allclose(p.grad.full_tensor(), q.grad)
+            for p, q in zip(model_of_all.parameters(), model.parameters(), strict=True)
+        )
 
     model, x, y = problem("mlp")
     own = batches(x, y, shard(rank, size), 3)
-    divided = copy.deepcopy(model)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
-    fully_shard(divided[0], mesh=mesh)
-    fully_shard(divided, mesh=mesh)
-    refused = _raised(lambda: EKFAC(0.1).fit(divided, own))
-    plain = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.zero_()
-    options = StateDictOptions(full_state_dict=True)
-    plain.load_state_dict(get_model_state_dict(divided, options=options))
     v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
-    return refused, EKFAC(0.1).fit(plain, own).transform(v)
+    sharded = divide(problem("mlp")[0])
+    ekfac = EKFAC(0.1).fit(sharded, own)
+
+    # As data, of which ranks have different numbers of batches; two of them at a time.
+    data = fimkit.ModelData(sharded, (x, y), indices=list(shard(rank, size)), batch_size=3)
+    before = _shown_state(sharded)
+    found["transform"] = torch.from_numpy(ekfac.transform(data))
+    found["influence"] = torch.from_numpy(influence.pairwise_scores(ekfac, data, data))
+    first, second = ekfac.gradients(data), ekfac.gradients(data)
+    next(first), next(second)
+    first.close()
+    found["held"] = [hasattr(p, "placements") for p in sharded.parameters()]
+    rest = sum(rows.n for rows in second)
+    found["rest"] = rest, before == _shown_state(sharded)
+    found["data, fitted"] = KFAC(0.1).fit(data).transform(v)
+
+    # What its user gathered stays so.
+    for module in (sharded, sharded[0], sharded[2]):
+        module.unshard()
+    found["gathered"] = EKFAC(0.1).fit(sharded, own).transform(v)
+    found["stays"] = not any(hasattr(p, "placements") for p in sharded.parameters())
+    for module in (sharded, sharded[0], sharded[2]):
+        module.reshard()
+
+    # Faults leave it as it was.
+    bad = [(own[0][0] * torch.nan, own[0][1]), *own[1:]] if rank == 1 else own
+    found["nan"] = _raised(lambda: EKFAC(0.1).fit(sharded, bad))
+    found["raises"] = _raised(lambda: EKFAC(0.1).fit(sharded, [(x[:, :2], y)]))
+    found["one divides"] = _raised(lambda: EKFAC(0.1).fit(model if rank else sharded, own))
+    found["as before"] = before == _shown_state(sharded)
+
+    # Other divisions.
+    half = divide(problem("mlp")[0], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    before = _shown_state(half)
+    found["mixed"] = _raised(lambda: EKFAC(0.1).fit(half, own))
+    found["mixed, as before"] = before == _shown_state(half)
+    flattened = FullyShardedDataParallel(problem("mlp")[0], device_id=torch.device("cpu"))
+    found["flattened"] = _raised(lambda: EKFAC(0.1).fit(flattened, own))
+    parallel = parallelize_module(problem("mlp")[0], mesh, {"0": ColwiseParallel()})
+    found["parallel"] = _raised(lambda: EKFAC(0.1).fit(parallel, own))
+    for name, refused in {"mixed": half, "parallel": parallel}.items():
+        plain = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.zero_()
+        options = StateDictOptions(full_state_dict=True)
+        plain.load_state_dict(get_model_state_dict(refused, options=options))
+        found[name, "copied"] = EKFAC(0.1).fit(plain, own).transform(v)
+    return found
+
+
+def _shown_state(model):
+    """Return what `fully_shard` keeps of a model, its hooks, and its parameters themselves."""
+    state = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+        state.append((name, module.training, [(key, str(hook)) for key, hook in hooks]))
+        if hasattr(module, "unshard"):
+            groups = module._get_fsdp_state()._fsdp_param_groups
+            state.append([(g._sharded_state, g._training_state, g.reduce_grads) for g in groups])
+            state.append([(g.reshard_after_backward, g._reshard_after_forward) for g in groups])
+    return state, [(id(p), type(p.data).__name__, p.grad is None) for p in model.parameters()]
 
 
 def one_dies(rank, size):

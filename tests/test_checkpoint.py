@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +116,217 @@ def test_another_fit_is_refused(interrupted):
     with pytest.raises(IFVPUsageError, match=r"the model's '0\.weight' was"):
         EKFAC(0.1).fit(model, loader(dataset), checkpoint=folder)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", [EKFAC, DataInf, Explicit])
+def test_another_activation_or_loss_is_refused(tmp_path, method):
+    model, x, y = ranks.problem("mlp")
+    data = ranks.batches(x, y, range(8), 2)
+    stop_after(2, data, method(0.1, loss=torch.nn.CrossEntropyLoss()), model, tmp_path)
+    other = torch.nn.Sequential(model[0], torch.nn.Sigmoid(), model[2])
+    with pytest.raises(IFVPUsageError, match=r"layer '1' was Tanh\(\), and is now Sigmoid\(\)"):
+        method(0.1, loss=torch.nn.CrossEntropyLoss()).fit(other, data, checkpoint=tmp_path)
+    smoothed = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
+    with pytest.raises(IFVPUsageError, match=r"loss\.label_smoothing was 0\.0, and is now 0\.3"):
+        method(0.1, loss=smoothed).fit(model, data, checkpoint=tmp_path)
+
+
+def stop_after(count, data, estimator, model, folder):
+    """Interrupt a fit after so many batches, each of which is written."""
+
+    def some():
+        yield from data[:count]
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        estimator.fit(model, Repeated(some), checkpoint=folder, checkpoint_every=1)
+
+
+class Repeated:
+    """What can be iterated over again."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return self.make()
+
+
+@pytest.mark.parametrize("method", [EKFAC, DataInf])
+def test_fewer_batches_than_were_passed_are_refused(tmp_path, method):
+    model, x, y = ranks.problem("mlp")
+    data = ranks.batches(x, y, range(16), 2)
+    stop_after(4, data, method(0.1), model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(IFVPUsageError, match=r"the data have 2 batches, and 4 had been passed"):
+        method(0.1).fit(model, data[:2], checkpoint=tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert numbers(method(0.1).fit(model, data, checkpoint=tmp_path)).equal(
+        numbers(method(0.1).fit(model, data))
+    )
+
+
+class Sentence:
+    """An example that is neither tensor nor container."""
+
+    def __init__(self, text, label):
+        self.text, self.label = text, label
+
+
+def of_texts(model, batch):
+    """Losses of texts, which only the loss turns into tensors."""
+    x = torch.tensor([[float(ord(c)) / 100 for c in sentence.text] for sentence in batch])
+    y = torch.tensor([sentence.label for sentence in batch])
+    return torch.nn.functional.cross_entropy(model(x.double()), y, reduction="none")
+
+
+def test_other_texts_are_refused(tmp_path):
+    model, _, _ = ranks.problem("mlp")
+
+    def batches(*texts):
+        return [[Sentence(text, i % 3) for i, text in enumerate(some)] for some in texts]
+
+    data = batches(("apple", "grape"), ("lemon", "mango"), ("peach", "olive"))
+    stop_after(2, data, DataInf(0.1, loss=of_texts), model, tmp_path)
+    for other in (batches(("apple", "grape"), ("lemon", "melon"), ("peach", "olive")), data[1:]):
+        with pytest.raises(IFVPUsageError, match=r"batch [01] holds other examples"):
+            DataInf(0.1, loss=of_texts).fit(model, other, checkpoint=tmp_path)
+    again = batches(("apple", "grape"), ("lemon", "mango"), ("peach", "olive"))
+    resumed = DataInf(0.1, loss=of_texts).fit(model, again, checkpoint=tmp_path)
+    assert numbers(resumed).equal(numbers(DataInf(0.1, loss=of_texts).fit(model, data)))
+
+
+def test_a_sparse_buffer_is_compared(tmp_path):
+    class Spread(torch.nn.Module):
+        def __init__(self, matrix):
+            super().__init__()
+            self.register_buffer("matrix", matrix)
+            self.last = torch.nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return self.last((self.matrix @ x.T).T)
+
+    _, x, y = ranks.problem("mlp")
+    data = ranks.batches(x, y, range(8), 2)
+    matrix = torch.eye(5, dtype=torch.float64)
+    model = Spread(matrix.to_sparse())
+    stop_after(2, data, DataInf(0.1), model, tmp_path)
+    model.matrix = matrix.roll(1, 0).to_sparse()
+    with pytest.raises(IFVPUsageError, match="the model's 'matrix' was"):
+        DataInf(0.1).fit(model, data, checkpoint=tmp_path)
+    model.matrix = matrix.to_sparse()
+    resumed = DataInf(0.1).fit(model, data, checkpoint=tmp_path)
+    assert numbers(resumed).equal(numbers(DataInf(0.1).fit(model, data)))
+
+
+@pytest.mark.parametrize("method", [DataInf, lambda a: Explicit(a, solver="dual"), EKFAC])
+def test_a_fit_that_is_killed_while_it_removes_its_files_can_be_repeated(
+    tmp_path, monkeypatch, method
+):
+    model, x, y = ranks.problem("mlp")
+    data = ranks.batches(x, y, range(8), 2)
+    unlink = Path.unlink
+    left = 0
+
+    def killed(path, missing_ok=False):
+        nonlocal left
+        if path.exists() and path.parent == tmp_path and not path.name.startswith("."):
+            if not left:
+                raise Interrupted
+            left -= 1
+        unlink(path, missing_ok=missing_ok)
+
+    expected = numbers(method(0.1).fit(model, data))
+    options = {"checkpoint": tmp_path, "checkpoint_every": 1}
+    for count in range(12):
+        left = count
+        monkeypatch.setattr(Path, "unlink", killed)
+        try:
+            method(0.1).fit(model, data, **options)
+        except Interrupted:
+            pass
+        else:
+            break
+        monkeypatch.undo()
+        assert numbers(method(0.1).fit(model, data, **options)).equal(expected)
+        assert list(tmp_path.iterdir()) == []
+    assert 0 < count < 11
+
+
+def test_what_is_no_folder_for_files_is_refused(tmp_path, monkeypatch):
+    model, x, y = ranks.problem("mlp")
+    (tmp_path / "file").write_text("kept")
+
+    def refused(folder, message):
+        with pytest.raises(IFVPUsageError, match=message):
+            Diagonal(0.1).fit(model, [(x, y)], checkpoint=folder)
+
+    refused(tmp_path / "file", "file' is no folder that files can be written into")
+    refused(tmp_path / "file" / "inside", "inside' is no folder that files can be written into")
+    refused("/proc/none", "'/proc/none' is no folder that files can be written into")
+    refused(3, r"checkpoint is int; expected the path of a folder")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a superuser may write everywhere
+    refused(tmp_path, "no permission to write into it")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_file_that_is_damaged_or_gone_is_told_with_what_to_remove(tmp_path):
+    model, x, y = ranks.problem("mlp")
+    data = ranks.batches(x, y, range(8), 2)
+
+    def refused(message):
+        with pytest.raises(IFVPUsageError, match=message) as caught:
+            DataInf(0.1).fit(model, data, checkpoint=tmp_path)
+        assert "Remove the folder's files to begin anew" in str(caught.value)
+
+    stop_after(3, data, DataInf(0.1), model, tmp_path)
+    rows = tmp_path / "rank-0-of-1.rows-1.fimkit"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-8])
+    refused(r"rows-1\.fimkit', of the interrupted fit, cannot be read")
+    rows.unlink()
+    refused(r"rows-1\.fimkit', of the interrupted fit, is not there")
+    rows.write_bytes(whole)
+    state = tmp_path / "rank-0-of-1.pass-0.fimkit"
+    state.write_bytes(whole)
+    refused(r"pass-0\.fimkit', of the interrupted fit, cannot be read")
+    state.write_bytes(state.read_bytes()[:50])
+    refused(r"pass-0\.fimkit', of the interrupted fit, cannot be read")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_resumed_fit_leaves_random_states_as_they_were(tmp_path, fails):
+    model, x, y = ranks.problem("mlp")
+    drawn = Drawing(x, y)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    drawn.left = 9
+    with pytest.raises(Interrupted):
+        DataInf(0.1).fit(model, loader(drawn), checkpoint=tmp_path, checkpoint_every=1)
+    random.seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(2)
+    data = loader(drawn, seed=5)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    states = torch.get_rng_state(), data.generator.get_state()
+    drawn.left = 20 if fails else None
+    if fails:
+        with pytest.raises(Interrupted):
+            DataInf(0.1).fit(model, data, checkpoint=tmp_path)
+    else:
+        DataInf(0.1).fit(model, data, checkpoint=tmp_path)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert torch.equal(states[1], data.generator.get_state())
+
+
+class Drawing(Stopping):
+    """Examples that take random numbers to read."""
+
+    def __getitem__(self, index):
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        return super().__getitem__(index)
 
 
 def test_an_interval_that_is_none_and_rows_in_a_folder_are_refused(interrupted, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fimkit
-from fimkit import EKFAC, DataInf, Diagonal, Explicit
+from fimkit import EKFAC, KFAC, DataInf, Diagonal, Explicit
 from tests import ranks
 
 
@@ -121,9 +121,37 @@ def test_rows_that_stay_on_their_ranks_are_saved_as_one_file(found, folder, whol
         assert close(result["stored"], expected(DataInf(0.1), whole))
 
 
-def test_ranks_must_give_the_same_vectors(found):
+@pytest.mark.parametrize("method", ["other vectors", "other vectors, dual"])
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ("longer", "rank 1 gave another vector 0 of 1"),
+        ("turned", "rank 1 gave another vector 0 of 1"),
+        ("permuted", "rank 1 gave another vector 0 of 1"),
+        ("one of three", "rank 1 gave another vector 0 of 3"),
+        ("one number", "rank 1 gave another vector 0 of 1"),
+        ("more", "rank 1 gave 2 vectors, rank 0 1"),
+    ],
+)
+def test_ranks_must_give_the_same_vectors(found, method, difference, told):
     for result in found:
-        assert "rank 1 gave 1 vectors of norm" in result["other vectors"]
+        assert told in result[method, difference]
+        assert "fimkit.load(path)" in result[method, difference]
+
+
+def test_ranks_must_give_the_same_data(found, whole):
+    model, [(x, y)], _ = whole
+    data = fimkit.ModelData(model, (x, y))
+    reference = torch.from_numpy(DataInf(0.1, blocks="parameter").fit(data).transform(data))
+    for result in found:
+        assert close(torch.from_numpy(result["same data"]), reference)
+        assert "rank 1 gave another vector 0 of 8" in result["other data"]
+        assert "For what is a rank's own, call save(path)" in result["own data"]
+
+
+def test_rounding_is_no_difference_and_sharded_rows_are_not_pickled(found):
+    for result in found:
+        assert close(result["rounded"], result["datainf"])
         assert "save(path) on all ranks" in result["pickled"]
 
 
@@ -158,12 +186,35 @@ def test_a_rank_that_fails_ends_the_others_naming_itself(found, fault, cause):
         ("settings", "ranks differ in fisher: empirical on rank 0, exact on rank 1"),
         ("weights", "ranks differ in the model's '0.bias'"),
         ("shapes", "ranks differ in the model's '0.weight'"),
+        ("activation", "ranks differ in the model's layer '1': Tanh() on rank 0, ReLU() on rank 1"),
+        (
+            "slope",
+            "LeakyReLU(negative_slope=0.1) on rank 0, LeakyReLU(negative_slope=0.2) on rank 1",
+        ),
+        ("function", "layer '1': Applied(, function=_VariableFunctionsClass.tanh) on rank 0"),
+        ("buffer", "ranks differ in the model's '1.scale'"),
+        ("loss option", "ranks differ in loss.label_smoothing: 0.0 on rank 0, 0.1 on rank 1"),
+        ("loss weights", "ranks differ in loss.weight: absent on rank 0"),
+        ("loss attribute", "ranks differ in loss.temperature: 1.0 on rank 0, 2.0 on rank 1"),
+        ("loss argument", "ranks differ in the arguments of loss"),
         ("one shard", "ranks 0 and 1 both draw shard 0 of 2"),
+        ("other seeds", "ranks 0 and 1 have different seed: 0 and 1"),
+        ("other epochs", "ranks 0 and 1 have different epoch: 0 and 1"),
+        ("other lengths", "ranks 0 and 1 have different len(dataset): 20 and 21"),
+        ("more replicas", "shares its dataset out over 4 ranks, and 2 fit together"),
+        ("one drops", "ranks 0 and 1 have different drop_last: True and False"),
+        ("one samples", "rank 0 draws by a DistributedSampler, and rank 1 by none"),
     ],
 )
 def test_ranks_that_fit_different_things_are_refused(found, fault, cause):
     for result in found:
         assert cause in result[fault]
+
+
+def test_a_seed_that_is_not_used_may_differ(found, whole):
+    for result in found:
+        assert "different shuffle: True and False" in result["one shuffles"]
+        assert close(result["seed unused"], expected(EKFAC(0.1), whole))
 
 
 def test_ranks_fit_again_after_faults(found, whole):
@@ -179,11 +230,71 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert seconds < 60
 
 
-@pytest.mark.slow
-def test_a_fully_sharded_model_is_refused_with_a_remedy_that_works(tmp_path):
-    model, x, y = ranks.problem("mlp")
-    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
-    reference = EKFAC(0.1).fit(model, [(x, y)]).transform(v)
-    for refused, ifvp in ranks.start(ranks.fully_sharded, 2, folder=tmp_path):
-        assert "get_model_state_dict" in refused
-        assert close(ifvp, reference)
+# -- models that are divided over the ranks --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """What two ranks find of divided models."""
+    results = ranks.start(ranks.fully_sharded, 2, folder=tmp_path_factory.mktemp("divided"))
+    for rank, result in enumerate(results):
+        assert isinstance(result, dict), f"rank {rank}: {result}"
+    return results
+
+
+@pytest.mark.parametrize("name", ranks.SHARDED_CASES)
+def test_a_divided_model_is_fitted_and_divided_again(divided, name):
+    kind, make = ranks.SHARDED_CASES[name]
+    model, x, y = ranks.problem(kind)
+    step = 1 if kind == "branching" else 4
+    estimator = make().fit(model, ranks.batches(x, y, range(ranks.N), step))
+    reference = ranks.results(estimator, model, x, y)
+    for result in divided:
+        assert result[name]["coverage"] == reference["coverage"]
+        for key, values in result[name].items():
+            assert key == "coverage" or close(values, reference[key]), key
+        assert result[name, "unchanged"]
+        assert result[name, "trains"]
+
+
+def test_gradients_of_a_divided_model(divided, whole):
+    model, [(x, y)], v = whole
+    ekfac = EKFAC(0.1).fit(model, [(x, y)])
+    for rank, result in enumerate(divided):
+        data = fimkit.ModelData(model, (x, y), indices=list(ranks.shard(rank, 2)))
+        assert close(result["transform"], torch.from_numpy(ekfac.transform(data)))
+        scores = fimkit.influence.pairwise_scores(ekfac, data, data)
+        assert close(result["influence"], torch.from_numpy(scores))
+        assert close(result["data, fitted"], expected(KFAC(0.1), (model, [(x, y)], v * 0 + 1)))
+        assert result["held"] == [False] * 4
+        assert result["rest"] == (len(data) - 3, True)
+
+
+def test_a_model_that_its_user_gathered_stays_so(divided, whole):
+    model, data, v = whole
+    for result in divided:
+        assert close(result["gathered"], expected(EKFAC(0.1), (model, data, v * 0 + 1)))
+        assert result["stays"]
+
+
+def test_a_fit_that_fails_divides_the_model_again(divided):
+    assert divided[0]["nan"].startswith("RankError: rank 1 failed: ")
+    assert "batch 0: NaN" in divided[1]["nan"]
+    for result in divided:
+        assert "mat1 and mat2" in result["raises"]
+        assert "ranks differ in what fully_shard divides" in result["one divides"]
+        assert result["as before"]
+
+
+def test_other_divisions_are_refused_with_a_remedy_that_works(divided, whole):
+    model, data, v = whole
+    reference = expected(EKFAC(0.1), (model, data, v * 0 + 1))
+    for result in divided:
+        assert "'0.weight' is torch.float64, and fully_shard(mp_policy=...)" in result["mixed"]
+        assert result["mixed, as before"]
+        assert "the model is a FullyShardedDataParallel" in result["flattened"]
+        assert "torch.distributed.fsdp.fully_shard" in result["flattened"]
+        assert "parameter '0.weight' is a DTensor" in result["parallel"]
+        for name in ("mixed", "parallel"):
+            assert "get_model_state_dict" in result[name]
+            assert close(result[name, "copied"], reference)

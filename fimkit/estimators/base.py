@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -31,7 +33,7 @@ from fimkit.estimators.regularization import (
     given_regularizations,
     resolve_regularization,
 )
-from fimkit.estimators.run import Run
+from fimkit.estimators.run import Run, inside
 from fimkit.estimators.scores import ScoresMixin
 from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
@@ -42,7 +44,9 @@ from fimkit.gradients import (
     FisherKind,
     Objective,
     differentiating,
+    divided,
     evaluating,
+    whole,
 )
 from fimkit.losses import LOSSES, Loss, measured
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix, ShardedRowMatrix
@@ -61,7 +65,12 @@ _SAME = (
 )
 
 
-class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
+class FisherEstimator(  # type: ignore[call-arg]
+    ScoresMixin,
+    TransformerMixin,
+    BaseEstimator,
+    auto_wrap_output_keys=None,  # a wrapped transform takes its vectors by the name of X only
+):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
     # What goes in is no metadata, although it is not called X.
@@ -116,7 +125,7 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         self,
         model: Any,
         dataloader: Any = None,
-        *,
+        *others: Any,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
     ) -> Any:
@@ -153,22 +162,35 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         RankError
             If another rank of the process group failed, naming it and its error.
         """
+        if others:  # there are none; x and y given apart deserve a better answer than Python's
+            raise IFVPUsageError(
+                f"fit(model, dataloader) got {len(others)} more, such as targets beside inputs; "
+                "give them together: DataLoader(TensorDataset(x, y), batch_size=256) as "
+                "dataloader, or fit(ModelData(model, (x, y)))."
+            )
         ranks = Ranks.current()
         with ranks.together():
             self._validate_params()
             if not isinstance(self.regularization, str):
                 given_regularizations(self.regularization)
-            run = Run(Settings.of(self), model, dataloader, ranks=ranks)
+            settings = Settings.of(self)
             _check_interval(checkpoint_every)
-            needed = checkpoint is not None or not ranks.alone
-            known = identity(self, run.model) if needed else {}
-        ranks.check_same(known, _SAME)
-        run.agree()
-        with ranks.together():
-            if checkpoint is not None:
-                run.checkpoint = Checkpoint(checkpoint, checkpoint_every, ranks, known, run.device)
-        with evaluating(run.model):
-            fitted = self._fit(run)
+        ranks.check_same({"what fully_shard divides": divided(inside(model))}, _SAME)
+        with ExitStack() as stack:
+            with ranks.together():
+                stack.enter_context(whole(inside(model)))
+                run = Run(settings, model, dataloader, ranks=ranks)
+                needed = checkpoint is not None or not ranks.alone
+                known = identity(self, run.model) if needed else {}
+            ranks.check_same(known, _SAME)
+            run.agree()
+            with ranks.together():
+                if checkpoint is not None:
+                    run.checkpoint = Checkpoint(
+                        checkpoint, checkpoint_every, ranks, known, run.device
+                    )
+            with run.passing(), evaluating(run.model):
+                fitted = self._fit(run)
         _refuse_overflow(fitted)
         if not isinstance(self.regularization, str):
             block_regularizations(self.regularization, list(fitted["_blocks"]))
@@ -313,6 +335,14 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             return damping
         return dict(zip(self._blocks, damping, strict=True))
 
+    def __sklearn_clone__(self) -> Any:
+        # A loss is never changed, and may hold the model, so it is taken over instead of copied.
+        other = copy.copy(self)
+        other.loss = "cross_entropy"
+        cloned = super(FisherEstimator, other).__sklearn_clone__()
+        cloned.loss = self.loss
+        return cloned
+
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "fisher_")
 
@@ -433,22 +463,23 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
             objective = Objective(objective.loss, fisher)
         objective = replace(objective, loss=measured(objective.loss, measurement))
         settings = replace(settings, objective=objective)
-        run = Run(settings, data, space=self._space)
-        run.blocks = {
-            name: i
-            for i, columns in enumerate(self._blocks.values())
-            for name, place in self._space.slices.items()
-            if columns.locate(Columns((place,))) is not None
-        }
-        turns, batches = EvaluationTurns(run.model), run.gradients()
-        with differentiating():
-            while True:  # between batches, which may be for long, other threads have their turn
-                with turns.turn():
-                    gradients = next(batches, None)
-                    if gradients is None:
-                        return
-                    taken = take(gradients)
-                yield taken
+        with whole(inside(data)):
+            run = Run(settings, data, space=self._space)
+            run.blocks = {
+                name: i
+                for i, columns in enumerate(self._blocks.values())
+                for name, place in self._space.slices.items()
+                if columns.locate(Columns((place,))) is not None
+            }
+            turns, batches = EvaluationTurns(run.model), run.gradients()
+            with differentiating():
+                while True:  # between batches, which may be for long, other threads have a turn
+                    with turns.turn():
+                        gradients = next(batches, None)
+                        if gradients is None:
+                            return
+                        taken = take(gradients)
+                    yield taken
 
 
 def _check_interval(every: Any) -> None:

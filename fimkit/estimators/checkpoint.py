@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,25 @@ import torch
 from torch import Tensor
 
 from fimkit import serialization
+from fimkit.data import described
 from fimkit.distributed import Ranks
 from fimkit.estimators.description import Restorer, describe
 from fimkit.exceptions import IFVPUsageError
 from fimkit.statistics import GrowingList
 
 __all__ = ["Checkpoint"]
+
+# What reading may raise of files that are gone, were cut off, or hold something else.
+_DAMAGE = (
+    IFVPUsageError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+)
 
 
 class Checkpoint:
@@ -41,7 +56,8 @@ class Checkpoint:
     Raises
     ------
     IFVPUsageError
-        If the folder holds files of another fit, naming the difference.
+        If the folder holds files of another fit, naming the difference, or is no folder that files
+        can be written into.
     """
 
     def __init__(
@@ -53,14 +69,13 @@ class Checkpoint:
         device: torch.device,
     ) -> None:
         self.every = every
-        self._folder = Path(folder)
+        self._folder = _made(folder)
         self._ranks = ranks
         self._identity = json.loads(json.dumps(identity))
         self._device = device
         self._prefix = f"rank-{ranks.rank}-of-{ranks.size}."
         self._growing: dict[str, tuple[int, list[int]]] = {}
         self._n_files = 0
-        self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.glob(f".{self._prefix}*"):  # killed while writing
             path.unlink()
         for path in self._folder.glob("rank-*-of-*"):
@@ -78,6 +93,10 @@ class Checkpoint:
         with self._ranks.together():
             if common >= 0 and self._path(common).exists():
                 state = self._read(common)
+            elif passes:  # of another fit it is refused, of this one it is left behind
+                self._checked(passes[-1])
+        if common < 0:
+            self.remove()
         return state
 
     def write(self, state: Mapping[str, Any]) -> None:
@@ -103,7 +122,9 @@ class Checkpoint:
         self._path(number).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove all files of this rank: the fit is complete."""
+        """Remove all files of this rank, those first that need the others."""
+        for number in range(2):
+            self.forget(number)
         for path in self._folder.glob(f"{self._prefix}*"):
             path.unlink()
 
@@ -114,26 +135,46 @@ class Checkpoint:
         return self._folder / f"{self._prefix}rows-{number}.fimkit"
 
     def _read(self, number: int) -> dict[str, Any]:
-        header, tensors = serialization.read(self._path(number))
-        theirs = header["identity"]
+        header, tensors = self._checked(number)
+        with self._reading(self._path(number)):
+            self._n_files = header["n_files"]
+            self._growing = {name: (n, files) for name, (n, files) in header["growing"].items()}
+            state = Restorer(tensors, self._device).restore(header["state"])
+        rows: dict[str, GrowingList] = {name: GrowingList() for name in self._growing}
+        for i in sorted({i for _, files in self._growing.values() for i in files}):
+            with self._reading(self._rows_path(i)):
+                parts = serialization.read(self._rows_path(i))
+                found = Restorer(parts[1], self._device).restore(parts[0]["rows"])
+                for name, items in found.items():
+                    if i in self._growing[name][1]:
+                        rows[name].extend(items)
+        with_rows: dict[str, Any] = _with_rows(state, rows)
+        return with_rows
+
+    def _checked(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the contents of a pass's file, or raise if they are of another fit."""
+        with self._reading(self._path(number)):
+            header, tensors = serialization.read(self._path(number))
+            theirs: dict[str, Any] = header["identity"]
         for name in {**theirs, **self._identity}:
             if theirs.get(name) != self._identity.get(name):
                 raise self._foreign(
                     f"{name} was {theirs.get(name, 'absent')!s:.200}, and is now "
                     f"{self._identity.get(name, 'absent')!s:.200}"
                 )
-        self._n_files = header["n_files"]
-        self._growing = {name: (n, files) for name, (n, files) in header["growing"].items()}
-        rows: dict[str, GrowingList] = {name: GrowingList() for name in self._growing}
-        for i in sorted({i for _, files in self._growing.values() for i in files}):
-            parts = serialization.read(self._rows_path(i))
-            found = Restorer(parts[1], self._device).restore(parts[0]["rows"])
-            for name, items in found.items():
-                if i in self._growing[name][1]:
-                    rows[name].extend(items)
-        state = Restorer(tensors, self._device).restore(header["state"])
-        with_rows: dict[str, Any] = _with_rows(state, rows)
-        return with_rows
+        return header, tensors
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Raise what to do where a file is gone, was cut off, or holds something else."""
+        try:
+            yield
+        except _DAMAGE as error:
+            why = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
+            raise IFVPUsageError(
+                f"checkpoint={str(self._folder)!r}: {path.name!r}, of the interrupted fit, {why} "
+                f"({type(error).__name__}: {error}). Remove the folder's files to begin anew."
+            ) from error
 
     def _without_rows(self, value: Any, name: str, new: dict[str, list[Any]]) -> Any:
         """Return a state without lists of rows, putting those not written yet into ``new``."""
@@ -155,6 +196,29 @@ class Checkpoint:
             f"checkpoint={str(self._folder)!r} holds the state of another fit: {difference}. Go on "
             "with that fit, give another folder, or remove its files."
         )
+
+
+def _made(folder: Any) -> Path:
+    """Return a folder, made if absent, or raise why nothing can be written into it."""
+    if not isinstance(folder, str | os.PathLike):
+        raise IFVPUsageError(
+            f"checkpoint is {described(folder)}; expected the path of a folder, or None."
+        )
+    path = Path(os.fsdecode(folder))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _useless(folder, str(error)) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _useless(folder, "no permission to write into it")
+    return path
+
+
+def _useless(folder: Any, why: str) -> IFVPUsageError:
+    return IFVPUsageError(
+        f"checkpoint={os.fsdecode(folder)!r} is no folder that files can be written into: {why}. "
+        "Give the path of another, which is made if absent."
+    )
 
 
 def _with_rows(value: Any, rows: Mapping[str, GrowingList]) -> Any:

@@ -15,7 +15,12 @@ from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.validation import check_is_fitted
 
 from fimkit.data import ModelData, check_model_data
+from fimkit.distributed import Ranks
+from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.regularization import regularization_path
+from fimkit.estimators.run import inside
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.gradients import whole
 
 __all__ = ["RegularizationCV"]
 
@@ -25,7 +30,15 @@ _GRID = tuple(np.logspace(-6, 0, 13).tolist())
 _ROUNDING = 1e-9
 
 
-class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
+_SAME = "All ranks choose among the same regularizations, over as many folds; give each the same."
+
+
+class RegularizationCV(  # type: ignore[call-arg]
+    MetaEstimatorMixin,
+    TransformerMixin,
+    BaseEstimator,
+    auto_wrap_output_keys=None,  # a wrapped transform takes its vectors by the name of X only
+):
     """An estimator with the regularization that scores best on held-out gradients.
 
     What `sklearn.linear_model.RidgeCV` is to ridge regression: each fold is fitted once and scored
@@ -79,7 +92,7 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
     """
 
     # What goes in is no metadata, although it is not called X.
-    __metadata_request__fit = dict.fromkeys(("data", "groups"), metadata_routing.UNUSED)
+    __metadata_request__fit = {"data": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__transform = {"vectors": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__inverse_transform = __metadata_request__transform
     __metadata_request__score = __metadata_request__transform
@@ -107,6 +120,8 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         data : ModelData
+            In a process group the rank's own part; the score of a fold is then the mean over the
+            held-out examples of all ranks, which choose one λ.
         y : array-like of shape (n,), optional
             Labels for splitters that stratify, such as ``data.targets``.
         groups : array-like of shape (n,), optional
@@ -119,30 +134,32 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         IFVPUsageError
-            If the data are no `ModelData`, or a regularization is no number of at least 0.
+            If the data are no `ModelData`, or a regularization is no number of at least 0; or if
+            rows stay on the ranks of a process group, as `DataInf`'s do.
         SingularFisherError
-            If a fold is singular at one of the regularizations, as for 0 it usually is.
+            If a fold is singular at all of the regularizations.
 
         Warns
         -----
         UserWarning
             If the best regularization is the least or the largest, so that a better one may lie
-            beyond; or if all score alike, up to what differs between folds by chance.
+            beyond; if all score alike, up to what differs between folds by chance; or if a fold is
+            singular at some of them, as at 0 it usually is: their scores are NaN, and they are not
+            chosen.
         """
-        self._validate_params()
-        check_model_data(data, "data")
-        grid = regularization_path(self.regularizations)
-        splitter = check_cv(self.cv, y)
-        folds = list(splitter.split(data, y, groups))
-        estimator = clone(self.estimator).set_params(regularization=max(grid))
-        scores = np.stack(
-            [
-                clone(estimator).fit(data[train]).score_path(data[test], grid)
-                for train, test in folds
-            ]
-        )
+        ranks = Ranks.current()
+        with ranks.together():
+            self._validate_params()
+            check_model_data(data, "data")
+            grid = regularization_path(self.regularizations)
+            folds = list(check_cv(self.cv, y).split(data, y, groups))
+            estimator = clone(self.estimator).set_params(regularization=max(grid))
+        ranks.check_same({"regularizations": grid, "the number of folds": len(folds)}, _SAME)
+        with whole(inside(data)):
+            scores = np.stack([_score(estimator, data, fold, grid, ranks) for fold in folds])
         results = _results(grid, scores)
-        best = int(results["mean_test_score"].argmax())
+        _warn_of_singular(grid, results["mean_test_score"])
+        best = int(np.nanargmax(results["mean_test_score"]))
         _warn(grid, scores, best)
         fitted = estimator.set_params(regularization=grid[best]).fit(data)
         self.cv_results_ = results
@@ -204,6 +221,39 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
         return self.__dict__["estimator_"]
 
 
+def _score(
+    estimator: Any, data: ModelData, fold: tuple[Any, Any], grid: list[float], ranks: Ranks
+) -> npt.NDArray[np.float64]:
+    """Return the mean score of all ranks' held-out examples at each λ, shape (L,)."""
+    train, test = fold
+    fitted = clone(estimator).fit(data[train])
+    if isinstance(fitted, FisherEstimator) and fitted._is_sharded():
+        raise IFVPUsageError(
+            f"{type(fitted).__name__} leaves its rows on the ranks that computed them, which all "
+            "must give the same held-out gradients, and each has its own; choose the "
+            "regularization in one process, or by another estimator (EKFAC, or Explicit with "
+            "solver='primal')."
+        )
+    with ranks.together():
+        own = _path(fitted, data[test], grid)
+    parts = ranks.gather((len(test), own))
+    n = sum(size for size, _ in parts)
+    mean: npt.NDArray[np.float64] = sum(size / n * each for size, each in parts)
+    return mean
+
+
+def _path(fitted: Any, data: ModelData, grid: list[float]) -> npt.NDArray[np.float64]:
+    """Return the scores of a path, NaN where the fit is singular."""
+    try:
+        scores: npt.NDArray[np.float64] = fitted.score_path(data, grid)
+    except SingularFisherError:
+        if len(grid) == 1:
+            return np.array([np.nan])
+        half = len(grid) // 2  # those that are singular are mostly neighbours
+        return np.concatenate([_path(fitted, data, part) for part in (grid[:half], grid[half:])])
+    return scores
+
+
 def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, Any]:
     """Return scores of shape (folds, L) in the form of a grid search's."""
     mean = scores.mean(0)
@@ -213,20 +263,38 @@ def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, An
         **{f"split{i}_test_score": values for i, values in enumerate(scores)},
         "mean_test_score": mean,
         "std_test_score": scores.std(0),
-        "rank_test_score": rankdata(-mean, "min").astype(np.int32),
+        "rank_test_score": rankdata(np.where(np.isnan(mean), np.inf, -mean), "min").astype(
+            np.int32
+        ),
     }
 
 
+def _warn_of_singular(grid: list[float], mean: npt.NDArray[np.float64]) -> None:
+    """Warn of regularizations without a score, or raise if that is all of them."""
+    singular = [value for value, score in zip(grid, mean, strict=True) if np.isnan(score)]
+    if not singular:
+        return
+    found = (
+        f"the Fisher of a fold is singular at {len(singular)} of {len(grid)} regularizations, "
+        f"the largest {max(singular):g}"
+    )
+    if len(singular) == len(grid):
+        raise SingularFisherError(f"{found}; give larger ones.")
+    warnings.warn(f"{found}; these are not chosen.", UserWarning, stacklevel=3)
+
+
 def _warn(grid: list[float], scores: npt.NDArray[np.float64], best: int) -> None:
-    if len(set(grid)) == 1:
+    usable = ~np.isnan(scores).any(0)
+    tried = set(np.asarray(grid)[usable])
+    if len(tried) == 1:
         return
     # Folds differ more from each other than λ does within one, so differences are taken within.
     gains = scores[:, [best]] - scores
     error = gains.std(0, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.zeros(len(grid))
     rounding = _ROUNDING * abs(scores[:, best].mean())
-    if (gains.mean(0) <= np.maximum(error, rounding)).all():
+    if (gains.mean(0) <= np.maximum(error, rounding))[usable].all():
         warnings.warn(
-            f"all regularizations from {min(grid):g} to {max(grid):g} score alike, up to the "
+            f"all regularizations from {min(tried):g} to {max(tried):g} score alike, up to the "
             f"standard error over {len(gains)} folds, so the choice of {grid[best]:g} is chance; "
             "spread them further, or give more data.",
             UserWarning,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from itertools import islice
@@ -11,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from fimkit.checksum import checksum
+from fimkit.checksum import digest
 from fimkit.data import (
     ModelData,
-    OwnPositions,
     check_batches,
     described,
+    distribution,
     indexed_batches,
-    sampler_of,
 )
 from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import select_parameters
@@ -36,15 +36,23 @@ from fimkit.gradients import (
     unwrap,
 )
 from fimkit.gradients.sampling import ExampleUniforms
-from fimkit.gradients.tree import tensors, to_device
+from fimkit.gradients.tree import to_device
 from fimkit.replay import RandomStates, loader_generators
 from fimkit.vectors import ParameterSpace
 
-__all__ = ["Run"]
+__all__ = ["Run", "inside"]
+
+
+def inside(model: Any) -> Any:
+    """Return the model that is run, of a `ModelData` and of wrappers."""
+    model = model.model if isinstance(model, ModelData) else model
+    return unwrap(model) if isinstance(model, nn.Module) else model
 
 
 class Run:
     """A fit's model and data, checked against its settings, and passes over the data.
+
+    The model is `whole` as long as this is used.
 
     Parameters
     ----------
@@ -82,13 +90,12 @@ class Run:
                     "a ModelData brings its own data, and a "
                     f"{type(dataloader).__name__} was given beside it; give one of the two."
                 )
-            model, data = model.model, model
+            data: Any = model
         else:
             _check_model(model, dataloader)
             data = check_batches(dataloader)
         self.data = data
-        self.model = unwrap(model)
-        _refuse_parts(self.model)
+        self.model: nn.Module = inside(model)
         _refuse_batch_statistics(self.model)
         self.space = select_parameters(self.model, settings.patterns)
         if space is not None and space.shapes != self.space.shapes:
@@ -110,9 +117,11 @@ class Run:
         self.checkpoint: Checkpoint | None = None
         self._passes = self._resumed_pass = self._done = 0
         self._now: RandomStates | None = None
+        self._resumed = False
         self._checksums: list[str] = []
         self._unread: dict[int, Tensor] = {}
         self._numbering = 0
+        self._has_warned = False
         self._autocast = AmbientAutocast()
         self._made: GradientEngine | None = None
 
@@ -141,6 +150,19 @@ class Run:
         self.device = device
         self.settings = replace(self.settings, device=device)
 
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Run passes; where they go on from an interruption, random states are as before after it.
+
+        They are those of another process meanwhile.
+        """
+        before = RandomStates(loader_generators(self.data))
+        try:
+            yield
+        finally:
+            if self._resumed:
+                before.restore()
+
     def agree(self) -> None:
         """Settle with the other ranks what all must have in common for sampled labels.
 
@@ -151,24 +173,14 @@ class Run:
         Raises
         ------
         IFVPUsageError
-            On all ranks, if two of them draw the same shard.
+            On all ranks, if their samplers take some examples twice, or leave some out.
         """
         seed = self.ranks.gather(self.settings.seed)[0]
         self.settings = replace(self.settings, seed=seed)
-        sampler = sampler_of(self.data) if isinstance(self.data, DataLoader) else None
-        own = None
-        if isinstance(sampler, DistributedSampler | OwnPositions):
-            own = sampler.num_replicas, sampler.rank
-        shards = self.ranks.gather(own)
-        for rank, shard in enumerate(shards):
-            earlier = shards.index(shard)
-            if shard is not None and earlier < rank:
-                raise IFVPUsageError(
-                    f"ranks {earlier} and {rank} both draw shard {shard[1]} of {shard[0]}; give "
-                    "each rank DistributedSampler(dataset) of its own, made after "
-                    "init_process_group."
-                )
-        one_dataset = None not in shards
+        shares = self.ranks.gather(distribution(self.data))
+        one_dataset = None not in shares
+        if not self.ranks.alone:
+            _check_shares(shares)
         if not one_dataset and self.settings.objective.fisher == "mc":
             one_dataset = self._positions_are_shared_out()
         self._numbering = 0 if one_dataset else self.ranks.rank
@@ -231,6 +243,13 @@ class Run:
         for _, coverage in reversed(told):
             seen = {name: how for name, how in coverage.items() if how != UNSEEN}
             self.engine.coverage.update(seen)
+        if set(self.engine.coverage.values()) == {UNSEEN}:
+            name, *others = self.engine.coverage
+            more = f" and {len(others)} others" if others else ""
+            raise IFVPUsageError(
+                f"no loss depends on a selected parameter, {name!r}{more}; select some that the "
+                "loss is a function of, by parameters= (all that require grad when not given)."
+            )
         return passed
 
     def begin_again(self) -> None:
@@ -270,6 +289,7 @@ class Run:
         self.checkpoint.write(state)
 
     def _resume(self, state: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
+        self._resumed = True
         self._resumed_pass, self._done = state["pass"], state["done"]
         self.settings = replace(self.settings, seed=state["seed"])
         self.sizes, self._checksums = state["sizes"], state["checksums"]
@@ -296,8 +316,16 @@ class Run:
         """
         batches = indexed_batches(self.data, indexed=self.settings.objective.fisher == "mc")
         numbered = enumerate(batches)
+        passed = 0
         for i, (_, batch) in islice(numbered, start):
             self._check_again(i, batch)
+            passed = i + 1
+        if passed < start and self.checkpoint is not None:
+            raise IFVPUsageError(
+                f"the data have {passed} batches, and {start} had been passed when the checkpoint "
+                "was written; give the same data in the same order, or another folder to begin "
+                "anew."
+            )
         if self._now is not None and not self._passes:
             self._now.restore()
             self._now = None
@@ -313,6 +341,7 @@ class Run:
         )
         for i, (indices, batch) in progress:
             self._check_again(i, batch)
+            self._warn(i, batch)
             uniforms = ExampleUniforms(
                 self.settings.seed, before if indices is None else indices, self._numbering
             )
@@ -344,11 +373,20 @@ class Run:
             )
         self._refuse_infinite()
 
+    def _warn(self, i: int, batch: Any) -> None:
+        """Warn once of what the loss doubts about batches that are passed for the first time."""
+        if self._has_warned or i < len(self.sizes):
+            return
+        doubt = self.settings.objective.loss.doubt(batch)
+        if doubt is not None:
+            self._has_warned = True
+            warnings.warn(f"batch {i}: {doubt}", UserWarning, stacklevel=2)
+
     def _check_again(self, i: int, batch: Any) -> None:
         """Keep the checksum of a batch, or compare it with that of the same batch before."""
         if self.checkpoint is None:
             return
-        found = " ".join(checksum(tensor) for tensor in tensors(batch))
+        found = digest(batch)
         if i == len(self._checksums):
             self._checksums.append(found)
         elif self._checksums[i] != found:
@@ -368,6 +406,42 @@ def _length(data: Any) -> int | None:
         return len(data.batches() if isinstance(data, ModelData) else data)
     except (TypeError, NotImplementedError):
         return None
+
+
+def _check_shares(shares: Sequence[Mapping[str, Any] | None]) -> None:
+    """Raise if ranks' samplers, by `distribution`, do not take each example of one dataset once."""
+    sampling = [rank for rank, share in enumerate(shares) if share is not None]
+    if not sampling:
+        return
+    remedy = (
+        "give each rank DistributedSampler(dataset) of its own, made after init_process_group, all "
+        "with the same arguments, dataset and epoch."
+    )
+    size, first = len(shares), shares[sampling[0]] or {}
+    drawn: dict[int, int] = {}
+    for rank, share in enumerate(shares):
+        if share is None:
+            raise IFVPUsageError(
+                f"rank {sampling[0]} draws by a DistributedSampler, and rank {rank} by none, so "
+                f"that examples may be taken twice, or not at all; {remedy}"
+            )
+        if share["num_replicas"] != size:
+            raise IFVPUsageError(
+                f"the DistributedSampler of rank {rank} shares its dataset out over "
+                f"{share['num_replicas']} ranks, and {size} fit together; {remedy}"
+            )
+        for name in first:
+            if name != "rank" and first[name] != share.get(name):
+                raise IFVPUsageError(
+                    f"the DistributedSamplers of ranks {sampling[0]} and {rank} have different "
+                    f"{name}: {first[name]} and {share.get(name)}, so that examples are taken "
+                    f"twice, or not at all; {remedy}"
+                )
+        earlier = drawn.setdefault(share["rank"], rank)
+        if earlier != rank:
+            raise IFVPUsageError(
+                f"ranks {earlier} and {rank} both draw shard {share['rank']} of {size}; {remedy}"
+            )
 
 
 def _refuse_infinite(finite: Mapping[int, Tensor]) -> None:
@@ -392,18 +466,6 @@ def _check_model(model: Any, dataloader: Any) -> None:
         raise IFVPUsageError(
             "fit(model) has no data; call fit(model, dataloader) or fit(ModelData(model, dataset))."
         )
-
-
-def _refuse_parts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):
-            raise IFVPUsageError(
-                f"parameter {name!r} is a DTensor, of which each rank has a part (fully_shard, or "
-                "tensor parallelism), and its layers communicate in every batch, of which ranks "
-                "may have different numbers. Fit a plain copy of the model on each rank: "
-                "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True))), from torch.distributed.checkpoint.state_dict."
-            )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

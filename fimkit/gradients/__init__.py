@@ -1,5 +1,6 @@
 """Per-example gradients: from a model and a batch to factored rows."""
 
+from fimkit.gradients.divided import divided, whole
 from fimkit.gradients.engine import UNSEEN, GradientEngine
 from fimkit.gradients.groups import BatchGradients, GroupGradients, TokenGradients
 from fimkit.gradients.modes import (
@@ -22,6 +23,8 @@ __all__ = [
     "Objective",
     "TokenGradients",
     "differentiating",
+    "divided",
     "evaluating",
     "unwrap",
+    "whole",
 ]

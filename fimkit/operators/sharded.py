@@ -22,8 +22,10 @@ from fimkit.operators.rows import Rows, ZeroRows
 
 __all__ = ["ShardedRowMatrix"]
 
-# Relative difference up to which ranks' vectors count as the same: that of devices' rounding.
-_TOLERANCE = 1e-3
+# Relative difference up to which ranks' vectors count as the same: that of devices' rounding. It is
+# small, since the inverse may magnify it.
+_TOLERANCE = 1e-9
+_COARSE_TOLERANCE = 1e-5
 
 
 class ShardedRowMatrix(RowMatrix):
@@ -84,13 +86,16 @@ class ShardedRowMatrix(RowMatrix):
 
     def products(self, other: RowMatrix, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Inner products with rows that all ranks have, shape ``(n * c, n' * c')``."""
-        self._check_same(other.squared_norms(dtype))
+        shadows = other.project(_probe(slice(0, other.size), device)[None], torch.float64)[0]
+        coarse = any(stored != torch.float64 for stored in other.dtypes)
+        self._check_same(shadows, other.squared_norms(dtype).sqrt(), coarse)
         products = self._own.products(other, dtype, device)
         return self._whole(products, self._part, 0, self.n * self.c)
 
     def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner products of ``(k, p)`` vectors with every row, shape ``(k, n * c)``."""
-        self._check_same(torch.linalg.vector_norm(vectors, dim=1))
+        coarse = vectors.dtype != torch.float64
+        self._check_same(_shadows(vectors), torch.linalg.vector_norm(vectors, dim=1), coarse)
         return self._whole(self._own.project(vectors, dtype), self._part, 1, self.n * self.c)
 
     def combine(self, coefficients: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -165,18 +170,54 @@ class ShardedRowMatrix(RowMatrix):
                 self._ranks.broadcast(shown.weights, source)
             yield slice(first + part.start, first + part.stop), shown
 
-    def _check_same(self, norms: Tensor) -> None:
-        """Raise on all ranks if vectors of these norms are not those of all ranks."""
-        total = float(norms.double().square().sum().sqrt()) if norms.numel() else 0.0
-        everyone = self._ranks.gather((len(norms), total))
-        count, norm = everyone[0]
-        for rank, (theirs, their_norm) in enumerate(everyone):
-            if theirs != count or abs(their_norm - norm) > _TOLERANCE * norm:
-                raise IFVPUsageError(
-                    f"rank {rank} gave {theirs} vectors of norm {their_norm:.6g}, rank 0 {count} "
-                    f"of norm {norm:.6g}; the rows of this fit are divided over ranks, so all of "
-                    "them must give the same vectors."
-                )
+    def _check_same(self, shadows: Tensor, norms: Tensor, coarse: bool) -> None:
+        """Raise on all ranks if vectors of these inner products with `_probe` differ.
+
+        Parameters
+        ----------
+        shadows, norms : Tensor of shape (k,)
+            Inner products and norms of this rank's vectors.
+        coarse : bool
+            Whether the vectors were computed in a dtype below float64.
+        """
+        told = torch.stack([shadows.double(), norms.double()]).cpu()
+        everyone = self._ranks.gather((told, coarse))
+        tolerance = _COARSE_TOLERANCE if any(each for _, each in everyone) else _TOLERANCE
+        first, _ = everyone[0]
+        for rank, (theirs, _) in enumerate(everyone):
+            count = theirs.shape[1]
+            if count == first.shape[1]:
+                differences = (theirs - first).abs().amax(0)
+                different = (differences > tolerance * first[1]).nonzero()
+                if not len(different):
+                    continue
+                place = int(different[0])
+                what = f"rank {rank} gave another vector {place} of {count} than rank 0"
+            else:
+                what = f"rank {rank} gave {count} vectors, rank 0 {first.shape[1]}"
+            raise IFVPUsageError(
+                f"{what}; the rows of this fit are divided over ranks, so all of them must give "
+                "the same vectors (torch.distributed.broadcast rank 0's, where they were computed "
+                "on each). For what is a rank's own, call save(path) on all ranks, and then "
+                "fimkit.load(path) on each, which answers alone."
+            )
+
+
+def _shadows(vectors: Tensor) -> Tensor:
+    """Return inner products of ``(k, p)`` vectors with `_probe`, shape ``(k,)``, float64."""
+    out = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
+    for part in chunks(vectors.shape[1], 8 * (len(vectors) + 1)):
+        out += vectors[:, part].double() @ _probe(part, vectors.device)
+    return out
+
+
+def _probe(part: slice, device: torch.device) -> Tensor:
+    """Return part of a vector without any pattern, in [-1, 1) and the same on every device."""
+    places = torch.arange(part.start, part.stop, device=device)
+    for factor in (0x9E3779B1, 0x85EBCA77):  # odd, and below 2 ** 32: products of 63 bits
+        places = (places * factor) & 0x7FFFFFFF
+        places ^= places >> 15
+    return places.double() / 2**30 - 1
 
 
 def _with_rows(rows: RowMatrix, c: int) -> RowMatrix:
