@@ -33,3 +33,13 @@ autodoc_typehints = "none"
 numpydoc_show_class_members = False
 
 myst_enable_extensions = ["dollarmath"]
+
+
+def _skip(app, what, name, member, skip, options):
+    """Leave out what scikit-learn generates, with references into its own documentation."""
+    return True if name.startswith("set_") and name.endswith("_request") else None
+
+
+def setup(app):
+    """Register what this documentation does by itself."""
+    app.connect("autodoc-skip-member", _skip)
