@@ -141,12 +141,12 @@ def batch_bytes(setting):
 def ekfac_bytes(setting, rates):
     """The most that is in use at once, above the model and one batch of data."""
     kept = factor_bytes(setting) + min(CACHE, cached_bytes(setting))
-    vectors = 4 * setting.k * setting.sum(lambda layer: layer.size) * setting.item
+    results = setting.k * setting.sum(lambda layer: layer.size) * setting.item
     return max(
         kept + batch_bytes(setting),
         kept + eigh_bytes(setting, rates.side),
         kept + eigenvalue_bytes(setting) + min(CHUNK, batch_bytes(setting)),
-        factor_bytes(setting) + eigenvalue_bytes(setting) + vectors,
+        factor_bytes(setting) + eigenvalue_bytes(setting) + results + min(CHUNK, 3 * results),
     )
 
 

@@ -1,8 +1,8 @@
 """How fast this machine does what `benchmarks.work` counts: measured, never looked up.
 
 products  operations per second of torch's product of square matrices, by dtype
-eigh      seconds of torch's float64 eigendecomposition of each size: per matrix, with one on every
-          thread, or one after another on all threads, whichever is the less
+eigh      seconds of the float64 eigendecomposition of each size, by torch or by NumPy: per matrix,
+          with one on every thread, or one after another on all threads, whichever is the least
 pass      seconds of one forward and backward pass over the training examples in their batches, for
           inputs and output gradients of the layers, without the gradient of any parameter
 """
@@ -10,7 +10,9 @@ pass      seconds of one forward and backward pass over the training examples in
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks.problems import forward_backward
 
@@ -34,16 +36,25 @@ def eigh_seconds(size):
     """Return the seconds that one of many eigendecompositions of a size takes."""
     matrix = torch.randn(size, size, dtype=torch.float64)
     matrix = matrix @ matrix.T / size
+    return min(
+        _eigh_seconds(torch.linalg.eigh, matrix), _eigh_seconds(np.linalg.eigh, matrix.numpy())
+    )
+
+
+def _eigh_seconds(eigh, matrix):
+    """Return the seconds per matrix, on all threads each or one on every thread."""
     threads = torch.get_num_threads()
     start = time.perf_counter()
-    torch.linalg.eigh(matrix)
+    with threadpool_limits(threads, "blas"):
+        eigh(matrix)
     seconds = time.perf_counter() - start
-    if threads == 1:
-        return seconds
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            threadpool_limits(1, "blas"),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             start = time.perf_counter()
-            list(pool.map(torch.linalg.eigh, [matrix] * threads))
+            list(pool.map(eigh, [matrix] * threads))
             aside = (time.perf_counter() - start) / threads
     finally:
         torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from fimkit._demo.report import (
     method_lines,
     network_lines,
 )
+from fimkit._demo.retraining import foretold, leave_out
 
 __all__ = ["main"]
 
@@ -55,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = results[0]
     others = baselines(model, digits, arguments.seed)
     explanations = explain(model, digits, result.scores)
-    several = len(results) > 1
-    lines = [
-        *network_lines(model, digits),
-        *(comparison_lines(results, others) if several else method_lines(result, others)),
-        *explanation_lines(explanations),
-    ]
+    if len(results) > 1:
+        _stage("training a convex model again without each of some training digits")
+        left_out = leave_out(digits, arguments.seed)
+        agreement = foretold(left_out, digits, [result.method for result in results])
+        tables = comparison_lines(results, others, left_out, agreement)
+    else:
+        tables = method_lines(result, others)
+    lines = [*network_lines(model, digits), *tables, *explanation_lines(explanations)]
     print("\n".join(lines), flush=True)
     path = arguments.output / f"digits-{result.method}.png"
     try:

@@ -137,7 +137,7 @@ class ModelData:
         IFVPUsageError
             If an example has no target, or targets differ in shape.
         """
-        if isinstance(self.dataset, TensorDataset):
+        if type(self.dataset) is TensorDataset:  # others may make examples in another way
             return np.asarray(_target(self.dataset.tensors)[self.indices].cpu())
         targets = []
         for index in self.indices:
@@ -184,6 +184,12 @@ class ModelData:
             indices=indices,
         )
 
+    def __array__(self, *args: Any, **kwargs: Any) -> npt.NDArray[Any]:
+        raise IFVPUsageError(
+            "a ModelData holds a model and examples, no numbers; an estimator's transform(data) "
+            "makes an array of it, so begin a pipeline with one of fimkit's."
+        )
+
     def __repr__(self) -> str:
         n, p = self.shape
         return f"ModelData({type(self.model).__name__}, n={n}, p={p})"
@@ -199,17 +205,25 @@ class ModelData:
 
 def _refuse_samplers(loader: DataLoader[Any]) -> None:
     """Refuse a loader that may leave examples of its dataset out, or repeat some."""
-    sampler = _sampler_of(loader)
-    whole = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
+    if isinstance(loader.dataset, IterableDataset):
+        return  # refused for what it is
+    batches, sampler = loader.batch_sampler, _sampler_of(loader)
+    remedy = (
+        "and a ModelData is all of its dataset; give ModelData(model, loader.dataset, "
+        "indices=...) with the positions of its examples, and collate_fn= if the loader has one."
     )
-    if not whole and not isinstance(loader.dataset, IterableDataset):
+    if type(batches) is not BatchSampler:
+        raise IFVPUsageError(f"the loader draws by a batch_sampler of its own, {remedy}")
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == n
+    )
+    if not whole or len(sampler.data_source) != n:
+        raise IFVPUsageError(f"the loader draws by a {type(sampler).__name__} of its own, {remedy}")
+    if batches.drop_last and n % batches.batch_size:
         raise IFVPUsageError(
-            f"the loader draws by a {type(sampler).__name__}, and a ModelData is all of its "
-            "dataset; give ModelData(model, loader.dataset, indices=...) with the positions of "
-            "its examples, and collate_fn= if the loader has one."
+            f"the loader has drop_last=True, which drops {n % batches.batch_size} of {n} "
+            f"examples, {remedy}"
         )
 
 
@@ -427,7 +441,7 @@ def _map_style(dataset: Any) -> Any:
                     f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
                     "integers, for instance by sklearn.preprocessing.LabelEncoder."
                 )
-        arrays = [torch.as_tensor(item) for item in listed]
+        arrays = [_tensor(item) for item in listed]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
             raise IFVPUsageError(
@@ -438,7 +452,7 @@ def _map_style(dataset: Any) -> Any:
     if any(are_arrays):
         kinds = ", ".join(type(item).__name__ for item in listed)
         raise IFVPUsageError(f"dataset holds {kinds}; give (inputs, targets) as tensors or arrays.")
-    foreign = isinstance(dataset, IterableDataset | nn.Module | Mapping | str | type)
+    foreign = isinstance(dataset, ModelData | IterableDataset | nn.Module | Mapping | str | type)
     if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise IFVPUsageError(
             f"dataset must have a length and be indexable by integers; got {described(dataset)}. "
@@ -446,6 +460,14 @@ def _map_style(dataset: Any) -> Any:
             "batches goes to fit(model, dataloader) directly."
         )
     return dataset
+
+
+def _tensor(array: Tensor | npt.NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, copied where torch has no such memory."""
+    if isinstance(array, Tensor):
+        return array
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def _positions(indices: Any, n: int) -> npt.NDArray[np.integer[Any]]:

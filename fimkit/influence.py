@@ -245,16 +245,17 @@ def token_scores(
         start = 0
         for tokens, rows in estimator.batch_gradients(train, take):
             n = tokens.whole.n
+            here = some, slice(start, start + n)
             found = torch.cat(
                 [
                     tokens.split.project(ifvps, ifvps.dtype).view(len(ifvps), n, tokens.count),
                     tokens.whole.project(ifvps, ifvps.dtype)[:, :, None],
                 ],
                 2,
-            ).double()
+            )
+            found = _finite(found, "train", here[1]).double()
             if rows is not None:
-                found /= _own_scale(estimator, rows)[:, None]
-            here = some, slice(start, start + n)
+                found /= _own_scale(estimator, rows, here[1])[:, None]
             longer = tokens.count - scores.shape[2]
             if longer > 0:
                 scores = np.pad(scores, ((0, 0), (0, 0), (0, longer)))
@@ -334,7 +335,10 @@ def self_influence(estimator: FisherEstimator, data: ModelData) -> Scores:
     """
     _check_estimator(estimator)
     check_model_data(data, "data")
-    return estimator.mahalanobis(data)
+    scores = estimator.mahalanobis(data)
+    if scores.size:
+        _finite(torch.from_numpy(scores), "data", slice(0, len(scores)))
+    return scores
 
 
 def _check(estimator: Any, train: Any, queries: Any, normalization: Any) -> None:
@@ -345,7 +349,8 @@ def _check(estimator: Any, train: Any, queries: Any, normalization: Any) -> None
     for name, data in (("train", train), ("queries", queries)):
         if not len(data):
             raise IFVPUsageError(f"{name} has no examples; give at least one.")
-    if normalization not in (None, "relatif"):
+    known = normalization is None or (isinstance(normalization, str) and normalization == "relatif")
+    if not known:
         raise IFVPUsageError(f"normalization={normalization!r}; expected None or 'relatif'.")
 
 
@@ -366,6 +371,11 @@ def _check_tokens(longest: int, met: Mapping[str, set[bool]]) -> None:
 
 def _check_estimator(estimator: Any) -> None:
     """Raise if an estimator is none of fimkit's, nor one that stands in for it."""
+    if isinstance(estimator, type):
+        raise IFVPUsageError(
+            f"estimator must be a fitted estimator of fimkit; got the class {estimator.__name__}. "
+            f"Make one and fit it: {estimator.__name__}().fit(train)."
+        )
     if not hasattr(estimator, "gradients"):
         raise IFVPUsageError(
             f"estimator must be a fitted estimator of fimkit; got {type(estimator).__name__}. Of a "
@@ -406,10 +416,11 @@ def _score_blocks(
     for some, ifvps in _query_parts(estimator, queries, measurement):
         start = 0
         for rows in estimator.gradients(train):
-            scores = _part_scores(rows, ifvps, places).double()
+            here = slice(start, start + rows.n)
+            scores = _finite(_part_scores(rows, ifvps, places), "train", here).double()
             if normalization == "relatif":
-                scores /= _own_scale(estimator, rows)
-            yield (some, slice(start, start + rows.n)), scores
+                scores /= _own_scale(estimator, rows, here)
+            yield (some, here), scores
             start += rows.n
 
 
@@ -419,7 +430,7 @@ def _query_parts(
     """Yield some queries' places and their `_ifvps`, as many at a time as the budget allows."""
     size = estimator.n_features_in_ * _precision(estimator).itemsize
     for some in chunks(len(queries), size, budget=_QUERY_BUDGET):
-        yield some, _ifvps(estimator, queries[some], measurement)
+        yield some, _finite(_ifvps(estimator, queries[some], measurement), "queries", some)
 
 
 def _precision(estimator: FisherEstimator) -> torch.dtype:
@@ -434,7 +445,7 @@ def _ifvps(estimator: FisherEstimator, queries: ModelData, measurement: Any) -> 
         dtype=_precision(estimator),
         device=estimator.device_,
     )
-    damping, start = _damping(estimator), 0
+    damping, start = estimator.regularization_, 0
     for rows in estimator.gradients(queries, measurement=measurement):
         out[start : start + rows.n] = estimator.fisher_.solve_rows(rows, damping, out.dtype)
         start += rows.n
@@ -457,16 +468,20 @@ def _part_scores(rows: RowMatrix, ifvps: Tensor, places: Sequence[Columns]) -> T
     return out
 
 
-def _own_scale(estimator: FisherEstimator, rows: RowMatrix) -> Tensor:
+def _own_scale(estimator: FisherEstimator, rows: RowMatrix, here: slice) -> Tensor:
     """Return the roots of the rows' self-influence, infinite where it is zero, shape ``(n,)``."""
-    own = estimator.fisher_.inverse_quadratic(rows, _damping(estimator)).double()
-    return torch.where(own > 0, own.sqrt(), torch.inf)
+    own = estimator.fisher_.inverse_quadratic(rows, estimator.regularization_).double()
+    return torch.where(_finite(own, "train", here) > 0, own.sqrt(), torch.inf)
 
 
-def _damping(estimator: FisherEstimator) -> Any:
-    """Return λ as operators take it: one number, or one per block in order."""
-    damping = estimator.regularization_
-    return list(damping.values()) if isinstance(damping, dict) else damping
+def _finite(values: Tensor, data: str, here: slice) -> Tensor:
+    """Return what was computed from gradients, which are finite; raise if it is not."""
+    if not all(bool(extreme.isfinite()) for extreme in values.aminmax()):
+        raise IFVPUsageError(
+            f"scores are not finite: products with gradients of {data}[{here.start}:{here.stop}] "
+            "overflow; fit the estimator with dtype=torch.float64, or scale the inputs or the loss."
+        )
+    return values
 
 
 def _highest(indices: npt.NDArray[np.intp], scores: Scores, k: int) -> TopK:

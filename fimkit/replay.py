@@ -1,4 +1,4 @@
-"""What a second pass over the same data needs: the random numbers and the losses of the first."""
+"""What a second pass over the same data needs: the random states of the first."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-__all__ = ["RandomStates", "loader_generators", "same_losses"]
-
-# Relative difference at which two computations of a batch's losses count as different. Kernels
-# that add up in any order differ by rounding errors, which a model in a coarse dtype makes larger.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_COARSE_TOLERANCE = 2e-2
+__all__ = ["RandomStates", "loader_generators"]
 
 
 class RandomStates:
@@ -107,11 +101,3 @@ def loader_generators(data: Any, depth: int = 4) -> list[torch.Generator]:
         if part is not None:
             found += loader_generators(part, depth - 1)
     return list({id(one): one for one in found}.values())
-
-
-def same_losses(second: Tensor, first: Tensor) -> bool:
-    """Whether a batch has the losses in the second pass that it had in the first."""
-    rtol = _TOLERANCE.get(first.dtype, _COARSE_TOLERANCE)
-    return second.shape == first.shape and torch.allclose(
-        second, first, rtol=rtol, atol=rtol * float(first.abs().mean())
-    )

@@ -7,6 +7,7 @@ later version is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -68,11 +69,13 @@ def write(
     tensors : mapping of str to Tensor
         On any device.
     """
+    text = json.dumps(header)
     metadata = {
         "format": "fimkit",
         "format_version": str(VERSION),
         "fimkit_version": fimkit.__version__,
-        "header": json.dumps(header),
+        "header": text,
+        "header_sha256": _digest(text),
     }
     description: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -134,12 +137,19 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
                     f"{version} of the format, and fimkit {fimkit.__version__} reads up to "
                     f"{VERSION}; install a later fimkit."
                 )
-            header: dict[str, Any] = json.loads(metadata["header"])
+            text = metadata["header"]
+            if metadata.get("header_sha256", _digest(text)) != _digest(text):  # old files have none
+                raise ValueError("its header is not the one that was written")
+            header: dict[str, Any] = json.loads(text)
             return header, _tensors(file, description)
         except IFVPUsageError:
             raise
         except _DAMAGE as error:
             raise IFVPUsageError(f"{str(path)!r} is damaged: {error}.") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _described(file: IO[bytes]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["ParameterSpace"]
+__all__ = ["ParameterSpace", "some_names"]
 
 Restore = Callable[[Tensor], Any]
 
@@ -70,8 +70,8 @@ class ParameterSpace:
             if len(vectors) != len(self.shapes):
                 raise IFVPUsageError(
                     f"vectors is a sequence of {len(vectors)} arrays, but there are "
-                    f"{len(self.shapes)} parameters ({_some(self.shapes)}); give one array per "
-                    "parameter, in that order."
+                    f"{len(self.shapes)} parameters ({some_names(self.shapes)}); give one array "
+                    "per parameter, in that order."
                 )
             kind = list if isinstance(vectors, list) else tuple
             flat, restore = self._join(list(vectors))
@@ -145,12 +145,12 @@ class ParameterSpace:
         if missing or unknown:
             problems = []
             if missing:
-                problems.append(f"lacks {_some(missing)}")
+                problems.append(f"lacks {some_names(missing)}")
             if unknown:
-                problems.append(f"has unknown {_some(unknown)}")
+                problems.append(f"has unknown {some_names(unknown)}")
             raise IFVPUsageError(
                 f"vectors, a mapping of parameter names, {' and '.join(problems)}; expected "
-                f"exactly the fitted parameters: {_some(self.shapes)}."
+                f"exactly the fitted parameters: {some_names(self.shapes)}."
             )
 
 
@@ -179,6 +179,12 @@ def _as_tensor(values: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]
                 f"{values.device}, which .to_dense() may convert."
             )
         return values.detach(), _way_back(values, what)
+    if values is None:
+        raise IFVPUsageError(
+            f"{what} is None, as .grad is before backward(), and as torch.autograd.grad(..., "
+            "allow_unused=True) gives for a parameter that the loss does not depend on; call "
+            "backward() first, or pass materialize_grads=True for zeros."
+        )
     raise IFVPUsageError(
         f"{what} must be a numpy array or torch tensor; got {type(values).__name__}."
     )
@@ -190,10 +196,11 @@ def _way_back(tensor: Tensor, what: str) -> Callable[[Tensor], Tensor]:
 
     def back(result: Tensor) -> Tensor:
         result = result.to(device, dtype)
-        if dtype == torch.float16 and not result.isfinite().all():
+        if result.numel() and not torch.stack(torch.aminmax(result)).isfinite().all():
+            name = str(dtype).removeprefix("torch.")
             raise IFVPUsageError(
-                f"the result exceeds the range of float16, the dtype of {what}; give it in a "
-                "wider one."
+                f"the result exceeds the range of {name}, the dtype of {what}; give it in a "
+                "wider one, or use a larger regularization."
             )
         return result
 
@@ -207,7 +214,8 @@ def _not_floating(what: str, dtype: Any) -> IFVPUsageError:
     )
 
 
-def _some(names: Any, limit: int = 8) -> str:
+def some_names(names: Any, limit: int = 8) -> str:
+    """Return the first names, and how many there are, as a message tells them."""
     names = list(names)
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

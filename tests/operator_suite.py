@@ -110,6 +110,14 @@ class OperatorSuite:
         expected = torch.linalg.solve(self.dense(1.0), vectors.T).T
         assert error(found, expected) <= 4 * torch.finfo(torch.float32).eps
 
+    def test_solve_into_a_given_tensor(self, operator):
+        vectors = self.vectors(5)
+        wide = torch.full((5, operator.size + 2), torch.nan, dtype=vectors.dtype)
+        found = operator.solve(vectors, 1.0, wide[:, 1:-1])
+        assert found.data_ptr() == wide[:, 1:].data_ptr()
+        assert torch.equal(wide[:, 1:-1], operator.solve(vectors, 1.0))
+        assert wide[:, [0, -1]].isnan().all()
+
     def test_solve_undoes_matmul(self, operator):
         vectors = self.vectors(5)
         for damping in self.dampings:

@@ -363,3 +363,22 @@ def test_models_that_compute_in_less_than_their_parameters(last):
     rows = reference.gradients(model, reference.negative_log_likelihood, data(), N)
     expected = reference.fisher(rows)
     assert float((fitted.fisher_.to_dense() - expected).norm() / expected.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("fails", [False, True])
+def test_tables_that_bound_norms_are_left_alone(layer, fails):
+    """PyTorch scales down in place the rows that are looked up."""
+    model = nn.Sequential(layer(7, 5, max_norm=0.5), nn.Flatten(), nn.Linear(5, 3)).double()
+    x, y = torch.arange(N)[:, None] % 6, torch.arange(N) % 3
+    before = model[0].weight.detach().clone()
+    assert (before.norm(dim=1) > 0.5).all()
+    batches = split((x, y), N, 5)
+    if fails:
+        with pytest.raises(IFVPUsageError, match="targets"):
+            Explicit().fit(model, [*batches, (x, torch.full((N,), 3))])
+    else:
+        fitted = Explicit().fit(model, batches)
+    assert torch.equal(model[0].weight, before)
+    if not fails:
+        assert exact(fitted, model, (x, y))

@@ -1,5 +1,7 @@
 """``loss="causal_lm"``: labels are the tokens themselves, each predicted from those before it."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -135,3 +137,77 @@ def test_errors_name_the_remedy():
     refused({**inputs, "labels": data["labels"].double()}, "integer class targets")
     pooled = torch.nn.Sequential(torch.nn.Embedding(V, 3), torch.nn.Flatten())
     refused((data["input_ids"], data["labels"]), r"logits of every position.*\(9, 12\)", pooled)
+
+
+# -- labels that are likely not what is meant ------------------------------------------------------
+
+
+def heard(estimator, net, data):
+    """Return what a fit warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator.fit(net, data)
+    return [str(warning.message) for warning in caught]
+
+
+class ClassesSecond(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = LanguageModel()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids, attention_mask).movedim(-1, 1)
+
+
+def as_tuple(data):
+    return data["input_ids"], data["labels"]
+
+
+@pytest.mark.parametrize("method", [Explicit, EKFAC])
+@pytest.mark.parametrize("pack", [dict, as_tuple])
+def test_unshifted_labels_are_doubted(method, pack):
+    """Once, however many batches and passes there are."""
+    data = [pack(part) for part in split(batch(), N, 4)]
+    module = torch.nn.CrossEntropyLoss(reduction="sum")
+    for loss, net in (("cross_entropy", model()), (module, ClassesSecond().double())):
+        (warning,) = heard(method(1.0, loss=loss), net, data)
+        assert "labels are the batch's own tokens" in warning
+        assert "use loss='causal_lm'" in warning
+    assert not heard(method(1.0, loss="causal_lm"), model(), data)
+
+
+def test_labels_that_are_not_doubted():
+    """Labels of one's own, and those of masked tokens of which a few were left as they were."""
+    ids = batch()["input_ids"]
+    own = ids.clone()
+    own[-1, -1] = (own[-1, -1] + 1) % V
+    few = torch.full_like(ids, -100)
+    few[:, 1] = ids[:, 1]
+    few[:2] = -100
+    for labels in (own, few):
+        assert not heard(Explicit(), model(), [(ids, labels)])
+    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)).double()
+    assert not heard(Explicit(), network, [(torch.randn(9, 5).double(), torch.arange(9) % 3)])
+
+
+def test_padding_that_counts_is_doubted():
+    data = batch()
+    spoiled = {**data, "labels": data["input_ids"]}
+    (warning,) = heard(Explicit(loss="causal_lm"), model(), split(spoiled, N, 4))
+    assert "batch 0" in warning
+    assert "masked_fill(attention_mask == 0, -100)" in warning
+    assert not heard(Explicit(loss="causal_lm"), model(), split(data, N, 4))
+    first = {**data, "attention_mask": torch.ones_like(data["attention_mask"])}
+    first["attention_mask"][:, 0] = 0  # which nothing predicts
+    first["labels"] = data["input_ids"]
+    assert not heard(Explicit(loss="causal_lm"), model(), [first])
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_an_attention_mask_for_labels(padded):
+    data = batch()
+    mask = data["attention_mask"] if padded else torch.ones_like(data["attention_mask"])
+    with pytest.raises(IFVPUsageError, match=r"only 0 and 1.*an attention mask.*labels.*-100"):
+        Explicit(loss="causal_lm").fit(model(), [(data["input_ids"], mask)])
+    ids = data["input_ids"] % 2
+    assert Explicit(loss="causal_lm").fit(model(), [(ids, ids)]).n_samples_seen_ == N

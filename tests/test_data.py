@@ -6,13 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -272,14 +275,71 @@ def test_errors_of_indexing(model, key, error, message):
         ModelData(model, Pairs())[key]
 
 
-def test_loaders_that_draw_a_part():
+def frozen(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a[::-1].copy()[::-1], lambda a: a.astype(a.dtype.newbyteorder(">")), frozen],
+    ids=["negative strides", "big-endian", "read-only"],
+)
+def test_arrays_of_any_memory(model, change):
+    data = ModelData(model, (change(X.numpy()), change(Y.numpy())), batch_size=4)
+    assert inputs(data) == list(range(N))
+    assert data.targets.tolist() == Y.tolist()
+
+
+def test_a_model_data_is_no_array(model):
+    data = ModelData(model, (X, Y))
+    for call in (np.asarray, PCA().fit):
+        with pytest.raises(IFVPUsageError, match=r"no numbers; an estimator's transform\(data\)"):
+            call(data)
+    with pytest.raises(IFVPUsageError, match=r"must have a length .* got ModelData"):
+        ModelData(model, data)
+
+
+PART = TensorDataset(torch.zeros(6, 3), torch.zeros(6))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": SubsetRandomSampler([0, 3])}, "SubsetRandomSampler of its own"),
+        ({"sampler": RandomSampler(PART, num_samples=4)}, "RandomSampler of its own"),
+        ({"sampler": RandomSampler(PART, replacement=True)}, "RandomSampler of its own"),
+        ({"sampler": RandomSampler(range(4))}, "RandomSampler of its own"),
+        ({"sampler": SequentialSampler(range(4))}, "SequentialSampler of its own"),
+        ({"batch_sampler": [[0, 1], [3, 4]]}, "batch_sampler of its own"),
+        ({"batch_size": 4, "drop_last": True}, "drop_last=True, which drops 2 of 6 examples"),
+    ],
+)
+def test_loaders_that_draw_a_part(model, settings, message):
     """A ModelData is all of its dataset, so a loader of a part of it is no way to make one."""
-    dataset = TensorDataset(torch.zeros(6, 3), torch.zeros(6))
-    model = torch.nn.Linear(3, 2)
-    for sampler in (SubsetRandomSampler([0, 3]), RandomSampler(dataset, num_samples=4)):
-        with pytest.raises(IFVPUsageError, match=r"draws by a .*RandomSampler.*indices="):
-            ModelData(model, DataLoader(dataset, sampler=sampler))
-    assert len(ModelData(model, DataLoader(dataset, shuffle=True))) == 6
+    with pytest.raises(IFVPUsageError, match=f"{message}, and .*indices="):
+        ModelData(model, DataLoader(PART, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shuffle": True},
+        {"batch_size": 3, "drop_last": True},
+        {"batch_sampler": BatchSampler(SequentialSampler(PART), 4, False)},
+    ],
+)
+def test_loaders_that_draw_all(model, settings):
+    assert len(ModelData(model, DataLoader(PART, **settings))) == 6
+
+
+def test_targets_of_a_dataset_that_changes_its_tensors(model):
+    class Halves(TensorDataset):
+        def __getitem__(self, index):
+            return self.tensors[0][index], self.tensors[1][index] > 4
+
+    assert ModelData(model, Halves(X, torch.arange(N))).targets.tolist() == [False] * 5 + [True] * 5
 
 
 class SliceDataset(Sequence):

@@ -214,6 +214,26 @@ def test_one_parameter():
         assert operator.trace(damping) == pytest.approx(1 / float(expected), rel=1e-9)
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1e-5, 1e-8, 1e-11, 1e-13])
+def test_a_vector_along_gradients_far_longer(damping):
+    """M v of v = g is ‖g‖⁻² v, a difference of 1/λ v: right to five digits, or refused."""
+    g = randn(1, 7)
+    operator = DataInfOperator(RowMatrix(dense_rows(g[:, None]), 7), 1, CPU)
+    exact = 1 / (damping + g.square().sum())
+    if damping >= 1e-8:
+        solved = operator.solve(g, damping)
+        assert error(solved, g * exact) <= 1e-5
+        norm = g.square().sum() * exact
+        assert abs(operator.inverse_quadratic(g, damping) - norm) <= 1e-5 * norm
+    elif damping < 1e-11:
+        for ask in (operator.solve, operator.inverse_quadratic):
+            with pytest.raises(SingularFisherError, match="less than five digits"):
+                ask(g, damping)
+    across = randn(1, 7, seed=1)
+    across -= (across @ g.T) / g.square().sum() * g
+    assert error(operator.solve(across, damping), across / damping) <= 1e-9
+
+
 def test_zero_gradients():
     operator = DataInfOperator(RowMatrix(dense_rows(torch.zeros(3, 1, 4)), 4), 3, CPU)
     vectors = randn(2, 4)

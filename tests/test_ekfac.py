@@ -2,7 +2,6 @@
 
 import inspect
 import pickle
-import re
 from functools import cache
 
 import numpy as np
@@ -444,7 +443,7 @@ class MaskedLoss(CrossEntropy):
         return super().losses(logits, labels), mask
 
     def outputs(self, model, batch):
-        return (model(batch[0], batch[1]),)
+        return (model(batch[0], batch[1]).mT,)  # classes in dimension 1
 
     def targets(self, batch):
         return batch[2], batch[1]
@@ -534,6 +533,20 @@ def test_a_mask_that_fits_no_layer_is_told(method, shape):
         method(loss=loss).fit(model, [batch | {"attention_mask": torch.ones(shape)}])
 
 
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_a_mask_is_not_missed_in_whole_gradients(method):
+    """Of a tied table the sides are of examples, whatever the mask; nor is it where none is."""
+    model, ids = SITUATIONS["tied table"].model(), SITUATIONS["tied table"].batch(N)[0]
+
+    def loss(model, batch):
+        ids, mask = batch
+        losses = nn.functional.cross_entropy(model(ids).mT, ids, reduction="none")
+        return (losses * mask).sum(1), mask
+
+    for parameters in ("table.weight", "body.bias"):
+        method(loss=loss, parameters=parameters).fit(model, [(ids, torch.ones_like(ids))])
+
+
 def some_positions(n, length):
     """Return a mask that keeps a part of all positions, at least one of each example."""
     mask = torch.rand(n, length, generator=torch.Generator().manual_seed(4)) < 0.6
@@ -552,6 +565,7 @@ def some_positions(n, length):
         ("called twice", 4),
         ("table", 4),
         ("table looked up twice", 4),
+        ("convolution in 1-D", 3),
     ],
 )
 def test_masks_select_positions_of_the_factors_only(name, length, where, sharing):
@@ -582,6 +596,35 @@ def test_masks_select_positions_of_the_factors_only(name, length, where, sharing
     for weight, layer in layers.items():
         found = blocks_of(ekfac)[key_of(weight)][1]
         assert found.trace() == pytest.approx(float(layer.fisher().trace()), rel=1e-10)
+        assert difference(found.to_dense(), layer.ekfac()) <= 1e-9
+        assert difference(blocks_of(kfac)[key_of(weight)][1].to_dense(), layer.kfac()) <= 1e-12
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_lengths_that_differ_beside_a_layer_with_one_position(fisher):
+    """The exact Fisher has as many rows per example as tokens: others in every batch."""
+
+    def forward(self, x):
+        return self.head((self.each(x) + self.mean(x.mean(1))[:, None]).tanh()).transpose(1, 2)
+
+    parts = {"each": nn.Linear(5, 4), "mean": nn.Linear(5, 4), "head": nn.Linear(4, 3)}
+    model = situation("two lengths", lambda: Apply(forward, **parts), None).model()
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (
+            torch.randn(n, length, 5, generator=generator, dtype=torch.float64),
+            torch.randint(3, (n, length), generator=generator),
+        )
+        for n, length in ((4, 2), (5, 4), (1, 4), (6, 2), (4, 2))
+    ]
+    examples = [reference.take(batch, [i]) for batch in batches for i in range(len(batch[0]))]
+    example_loss = reference.negative_log_likelihood_of_maps
+    exact = fisher == "exact"
+    scalars = kronecker.exact_softmax(1) if exact else kronecker.empirical(example_loss)
+    layers = kronecker.layers(model, scalars, examples)
+    ekfac, kfac = (method(fisher=fisher).fit(model, batches) for method in (EKFAC, KFAC))
+    for weight, layer in layers.items():
+        found = blocks_of(ekfac)[key_of(weight)][1]
         assert difference(found.to_dense(), layer.ekfac()) <= 1e-9
         assert difference(blocks_of(kfac)[key_of(weight)][1].to_dense(), layer.kfac()) <= 1e-12
 
@@ -743,7 +786,40 @@ def sometimes_tied(where):
     return Apply(forward, table=nn.Embedding(7, 3), other=nn.Embedding(7, 3))
 
 
+def either(first, second, *shape, bias=False):
+    """A weight that is used in one of two ways, as batches say."""
+
+    def forward(self, x, flag):
+        use = first if flag.item() else second
+        return self.head(use(x, self.first.weight, self.first.bias).tanh())
+
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randn(shape))
+    layer.bias = nn.Parameter(torch.randn(shape[0])) if bias else None
+    return Apply(forward, first=layer, head=nn.Linear(shape[0], 3))
+
+
+def two_maps(bias):
+    def transposed(x, weight, bias):
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+    return either(nn.functional.linear, transposed, 5, 5, bias=bias)
+
+
+def two_groupings():
+    def conv(x, weight, bias):
+        return nn.functional.conv1d(x, weight, bias).mean(2)
+
+    def grouped(x, weight, bias):
+        return nn.functional.conv1d(x.view(-1, 4, 3), weight, bias, groups=2).mean(2)
+
+    return either(conv, grouped, 4, 2, 2)
+
+
 SOMETIMES = {
+    "two maps": (lambda: two_maps(False), points()),
+    "two maps, with a bias": (lambda: two_maps(True), points()),
+    "maps of two groupings": (two_groupings, sequences(features=6, length=2)),
     "linear, and transposed": (lambda: conditional(False), points()),
     "table, and looked up": (lambda: sometimes_tied("lookup"), tokens()),
     "table, and multiplied by": (lambda: sometimes_tied("product"), tokens()),
@@ -754,34 +830,66 @@ SOMETIMES = {
 @pytest.mark.parametrize("flags", [(True, False), (False, True)])
 @pytest.mark.parametrize("name", SOMETIMES)
 def test_uses_that_differ_between_batches(name, flags, method):
-    """Gradients are exact, or the parameter is refused by name; never an error without one."""
+    """What is one map in some batches only is in no layer: it has its exact block."""
     build, data = SOMETIMES[name]
     case = situation(name, build, data)
     model, (x, y) = case.model(), case.batch(N)
     halves = slice(0, 8), slice(8, N)
     batches = [(x[h], torch.tensor(flag), y[h]) for h, flag in zip(halves, flags, strict=True)]
-    fitted, refusal = fit_or_refusal(method(), model, batches)
-    if refusal:
-        assert re.search(r"'(first|table|other)\.weight' was one .* in earlier batches", refusal)
-        assert "parameters=" in refusal
-        return
-    if method is KFAC:
-        return
-    total = 0.0
-    for x, flag, y in batches:
-        for i in range(len(x)):
-            out = model(x[i : i + 1], flag).movedim(-1, 1)
-            loss = nn.functional.cross_entropy(out, y[i : i + 1], reduction="sum")
-            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            total += sum(float(g.square().sum()) for g in gradients if g is not None)
-    assert fitted.fisher_.trace() == pytest.approx(total / N, rel=1e-10)
+    fitted = method().fit(model, batches)
+    assert fitted.n_samples_seen_ == N
+    rows = torch.cat([rows_at_flag(model, *batch) for batch in batches])
+    F, start = reference.fisher(rows), 0
+    for key, parameter in model.named_parameters():
+        own = slice(start, start + parameter.numel())
+        start = own.stop
+        if fitted.coverage_[key].startswith("dense block"):
+            assert difference(fitted.fisher_.to_dense()[own, own], F[own, own]) <= 1e-12
+    shared = "table.weight" if "table" in name else "first.weight"
+    assert fitted.coverage_[shared].startswith("dense block")
+    if method is EKFAC:
+        assert fitted.fisher_.trace() == pytest.approx(float(F.trace()), rel=1e-10)
+    if name != "linear, and transposed" or flags == (False, True):  # not seen in the first batch
+        message = f"'{shared}' is one linear map in some .*parameters="
+        with pytest.raises(IFVPUsageError, match=message):
+            method().fit(model, iter(batches))
+    with pytest.raises(IFVPUsageError, match=f"'{shared}'.* in no layer that can be Kron"):
+        method(fallback="raise").fit(model, batches)
 
 
-def fit_or_refusal(estimator, model, batches):
-    try:
-        return estimator.fit(model, batches), ""
-    except ValueError as error:
-        return None, str(error)
+def rows_at_flag(model, x, flag, y):
+    """Return the gradients of single examples."""
+    rows = []
+    for i in range(len(x)):
+        out = model(x[i : i + 1], flag).movedim(-1, 1)
+        loss = nn.functional.cross_entropy(out, y[i : i + 1], reduction="sum")
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows)
+
+
+class Rest:
+    """An iterable that goes on where it was left, and does not say so."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize("more", [0, 3])
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+def test_a_pass_that_cannot_begin_again(method, more):
+    build, data = SOMETIMES["linear, and transposed"]
+    case = situation("", build, data)
+    model, (x, y) = case.model(), case.batch(N)
+    flags = [False, True, *[False] * more]
+    batches = [(x[i : i + 4], torch.tensor(flag), y[i : i + 4]) for i, flag in enumerate(flags)]
+    message = "batch 0 has other losses" if more else "there are fewer batches: 0|has no batches"
+    with pytest.raises(IFVPUsageError, match=message):
+        method().fit(model, Rest(batches))
 
 
 # -- precision -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fimkit import (
     ModelData,
     SingularFisherError,
 )
+from fimkit.losses import Loss
 from tests.cases import Apply, mlp, points, split
 from tests.state import unchanged
 
@@ -95,6 +97,21 @@ def column_loss(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")[:, None]
 
 
+def one_loss(model, batch):
+    return scalar_loss(model, batch)[None]
+
+
+def of_outputs_and_targets(outputs, targets):
+    return (outputs - targets).square().sum(1)
+
+
+def losses_of_tokens(model, batch):
+    """One loss per position, of two positions per example."""
+    return nn.functional.cross_entropy(
+        model(batch[0]).repeat_interleave(2, 0), batch[1].repeat_interleave(2), reduction="none"
+    )
+
+
 def number_loss(model, batch):
     return 1.0
 
@@ -162,7 +179,59 @@ FAILURES = {
     "a list of examples": (
         {},
         lambda: (model(), list(TensorDataset(*batch()))),
-        r"batch 0: .* outputs of shape \(3,\) and targets of shape \(\); expected outputs \(B, C",
+        r"batch 0: .* outputs of shape \(3,\) and targets of shape \(\); expected outputs \(B, C.*"
+        r"looks like a single example.*DataLoader\(dataset, batch_size",
+    ),
+    "examples with a number for a target": (
+        {},
+        lambda: (model(), [(batch()[0][0], 1)]),
+        "needs integer class targets; got int.*looks like a single example",
+    ),
+    **{
+        f"{n} examples not collated": (
+            {},
+            lambda n=n: (model(), DataLoader(TensorDataset(*batch()), n, collate_fn=list)),
+            r"batch 0: Sequential was called with \(input=\(float64 \(5,\), int64 \(\)\).*raised "
+            f"TypeError.*looks like a list of {n} examples.*own collate_fn",
+        )
+        for n in (2, 6)
+    },
+    "lists of numbers, collated": (
+        {},
+        lambda: (
+            Apply(lambda self, x: self.inner(x.double()), inner=model()),
+            DataLoader([{"x": x.tolist(), "labels": 1} for x in batch()[0]], 3),
+        ),
+        r"x=\[float64 \(3,\), .*AttributeError.*has a list where a tensor is expected.*set_format",
+    ),
+    "labels that are lists of numbers, collated": (
+        {"loss": "causal_lm"},
+        lambda: (model(), DataLoader([{"x": 1, "labels": [1] * 9}] * 4, 2)),
+        r"needs labels that are token ids.* and 6 more.*has a list where a tensor is expected",
+    ),
+    "a tuple of inputs, targets and indices": (
+        {},
+        lambda: (model(), [(*batch(), torch.arange(N))]),
+        r"Sequential was called with \(input=float64 \(6, 5\), int64 \(6,\)\), for a batch .*takes "
+        r"\(input\)\. All elements of a tuple but the last.*such as indices",
+    ),
+    "keys that the model does not take": (
+        {},
+        lambda: (model(), [{"x": batch()[0], "labels": batch()[1]}]),
+        r"called with \(x=float64 \(6, 5\)\).*takes \(input\)\. The items of a mapping.*rename",
+    ),
+    "inputs in another order": (
+        {},
+        lambda: (
+            Apply(lambda self, x, cache: cache.size_of(self.inner(x)), inner=model()),
+            [(batch()[0], batch()[0], batch()[1])],
+        ),
+        r"AttributeError: .*size_of.*takes \(.*\), in this order\. Give a mapping with these names",
+    ),
+    "targets beside inputs": (
+        {},
+        lambda: (model(), *batch()),
+        r"fit\(model, dataloader\) got 1 more.*DataLoader\(TensorDataset\(x, y\).*ModelData\(model",
     ),
     # the model
     "arguments swapped": (
@@ -271,7 +340,40 @@ FAILURES = {
     "a scalar loss": (
         {"loss": scalar_loss},
         lambda: (model(), [batch()]),
-        r"loss=scalar_loss returned a tensor of shape \(\); expected one loss per example",
+        r"loss=scalar_loss returned a tensor of shape \(\); expected one loss per example.*"
+        "reduction as 'none'.*Hugging Face.*'causal_lm'",
+    ),
+    **{
+        f"a loss of {name}": (
+            {"loss": loss},
+            lambda: (model(), [batch()]),
+            r"was called as loss\(model, batch\), for a batch \(float64 \(6, 5\), int64 \(6,\)\), "
+            r"and raised .*not outputs and targets: write lambda model, batch",
+        )
+        for name, loss in {
+            "outputs and targets": of_outputs_and_targets,
+            "torch's functions": nn.functional.cross_entropy,
+            "torch's functions that look at the batch first": nn.functional.mse_loss,
+            "an output's shape": lambda outputs, targets: torch.ones(outputs.shape),
+            "one argument": lambda batch: batch,
+            "three arguments": lambda model, x, y: nn.functional.cross_entropy(model(x), y),
+        }.items()
+    },
+    "losses of tokens": (
+        {"loss": losses_of_tokens},
+        lambda: (model(), [batch()]),
+        r"batch 0: the loss returned 12 losses for 6 examples, 2 for each.*losses\.view\(6, -1\)",
+    ),
+    "one loss for all examples": (
+        {"loss": one_loss},
+        lambda: (model(), [batch()]),
+        r"batch 0: loss=one_loss returned one loss for 6 examples.*expected shape \(6,\), so give "
+        "its reduction as 'none'.*'causal_lm'.*single example",
+    ),
+    "one loss for all examples of a mapping": (
+        {"loss": lambda model, batch: one_loss(model, (batch["x"], batch["y"]))},
+        lambda: (model(), [{"x": batch()[0], "y": batch()[1], "name": "train"}]),
+        r"returned one loss for 6 examples.*expected shape \(6,\)",
     ),
     "losses in a column": (
         {"loss": column_loss},
@@ -312,7 +414,17 @@ FAILURES = {
     "one-hot targets": (
         {},
         lambda: (model(), of_targets(lambda y: nn.functional.one_hot(y, 3))),
-        r"outputs of shape \(6, 3\) and targets of shape \(6, 3\)",
+        r"outputs of shape \(6, 3\) and targets of shape \(6, 3\).*one-hot .* by \.argmax\(1\)",
+    ),
+    "targets in a column": (
+        {},
+        lambda: (model(), of_targets(lambda y: y[:, None])),
+        r"targets of shape \(6, 1\); expected.*by \.squeeze\(1\)",
+    ),
+    "one logit for two classes": (
+        {},
+        lambda: (of_outputs(lambda out: out[:, :1]), of_targets(lambda y: y.clamp(max=1))),
+        r"outputs of 1 classes.*For one logit of two classes use loss='bce'",
     ),
     "classes in two places": (
         {},
@@ -645,3 +757,55 @@ def test_models_are_compared_by_their_parameters():
     estimator = Explicit(1e-3).fit(data)
     copied = ModelData(copy.deepcopy(network), batch())
     assert np.array_equal(estimator.transform(copied), estimator.transform(data))
+
+
+def test_errors_of_a_model_that_runs_are_its_own():
+    """Not a misuse, in a batch that looks like one, once a batch has been passed."""
+    x, y = batch()
+    seen = []
+
+    def forward(self, x):
+        seen.append(x)
+        return self.inner(x)
+
+    network = Apply(forward, inner=model())
+    with pytest.raises(TypeError, match="positional arguments") as caught:
+        Explicit().fit(network, [(x, y), (x, y, y)])
+    assert seen
+    assert caught.value.__notes__[-1] == "in batch 1 of the data"
+
+
+def test_errors_of_losses_of_ones_own_are_not_explained():
+    class Own(Loss):
+        def outputs(self, model, batch):
+            raise TypeError("halt")
+
+        def targets(self, batch):
+            return None
+
+    with pytest.raises(TypeError, match="halt"):
+        Explicit(loss=Own()).fit(model(), [list(TensorDataset(*batch()))])
+
+
+class EncoderDecoder(nn.Module):
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 3)
+        self.head = nn.Linear(3, 7)
+
+    def forward(self, input_ids, decoder_input_ids=None, labels=None):
+        given = input_ids if decoder_input_ids is None else decoder_input_ids
+        return SimpleNamespace(logits=self.head(self.table(given)))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "causal_lm", nn.CrossEntropyLoss()])
+def test_labels_of_a_decoder_without_its_inputs(loss):
+    """They would be left out, and the decoder run on other tokens."""
+    ids = torch.arange(12).view(4, 3) % 7
+    data = {"input_ids": ids, "labels": ids.flip(1)}
+    with pytest.raises(IFVPUsageError, match=r"no decoder_input_ids.*prepare_decoder_input_ids_f"):
+        Explicit(loss=loss).fit(EncoderDecoder(), [data])
+    complete = {**data, "decoder_input_ids": ids.roll(1, 1)}
+    assert Explicit().fit(EncoderDecoder(), [complete]).n_samples_seen_ == 4

@@ -608,7 +608,7 @@ def test_no_gradient_at_all(solver):
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
 def test_wrong_dampings_of_a_path(model, value):
     fitted = Explicit().fit(model, [data(N)])
-    with pytest.raises(IFVPUsageError, match="finite number of at least 0"):
+    with pytest.raises(IFVPUsageError, match="finite number, not negative"):
         fitted.score_path(held_out(), [0.1, value])
 
 

@@ -736,3 +736,8 @@ def test_a_mapping_with_other_keys(keys):
         x=deeper,
         v=dict.fromkeys(deeper[0], torch.zeros(2)),
     )
+
+
+def test_data_without_numbers():
+    parameters, x, y = arguments()
+    refused("argument 1 of func is on the meta device", 0, DIMS, x=(parameters, x.to("meta"), y))

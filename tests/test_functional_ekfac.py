@@ -4,6 +4,7 @@ import copy
 import inspect
 import random
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -655,6 +656,24 @@ def test_another_second_pass_is_refused():
 
     with pytest.raises(IFVPUsageError, match="other losses for batch 1"):
         ifvp_at_x_ekfac(func, *single_data(), batch_size=6, mlp_cache=cache)
+
+
+@pytest.mark.parametrize("place", ["inputs of", "gradients at"])
+def test_another_second_pass_is_refused_where_losses_are_the_same(place):
+    """As those of a head of zeros are, whatever noise there is before it or after it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = partial(torch.rand, generator=generator, dtype=torch.float64)
+
+    def forward(self, x):
+        x = x * noise(x.shape) if place == "inputs of" else x
+        hidden = linear(x, self.weight)
+        record(self, x, hidden)
+        return hidden * noise(hidden.shape) if place == "gradients at" else hidden
+
+    layer, cache = single(forward=forward)
+    nn.init.zeros_(layer.weight)
+    with pytest.raises(IFVPUsageError, match=f"func gave other {place} layers for batch 0"):
+        ifvp_at_x_ekfac(single_func(layer), *single_data(), batch_size=6, mlp_cache=cache)
 
 
 def test_what_func_does_to_its_data_in_place_is_done_to_copies():

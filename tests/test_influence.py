@@ -12,7 +12,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from torch.utils.data import DataLoader, default_collate
 
-from fimkit import Explicit, IFVPUsageError, ModelData, influence
+from fimkit import EKFAC, DataInf, Explicit, IFVPUsageError, ModelData, influence
 from fimkit.influence import pairwise_scores, self_influence, top_k
 from tests import reference
 from tests.cases import BY_NAME, N, mlp, points
@@ -249,6 +249,40 @@ def test_errors_of_data():
         pairwise_scores(fitted, other, data)
 
 
+@pytest.mark.parametrize("method", [Explicit, EKFAC, DataInf])
+@pytest.mark.parametrize("normalization", [None, "relatif"])
+def test_scores_that_overflow(method, normalization):
+    """Gradients of 1e19 are finite in float32, and products of two of them are not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 3, 5, generator=generator)
+    weights = torch.rand(20, 3, 2, generator=generator)
+    model = torch.nn.Linear(5, 2)
+
+    def loss(model, batch):
+        return (model(batch[0]) * batch[1]).sum((1, 2))
+
+    data, big, huge = (
+        ModelData(model, (size * x, weights), batch_size=7) for size in (0.01, 1e19, 1e37)
+    )
+    fitted = method(1e-3, loss=loss).fit(data)
+    exact = method(1e-3, loss=loss, dtype=torch.float64).fit(data)
+    options = {"normalization": normalization}
+    for score in (
+        lambda e: pairwise_scores(e, big, big[:3], **options),
+        lambda e: sum(influence.layer_scores(e, big, big[:3], **options).values()),
+        lambda e: influence.token_scores(e, big, big[:3], **options).scores,
+        lambda e: top_k(e, big, big[:3], 2, **options).scores,
+    ):
+        with pytest.raises(IFVPUsageError, match=r"finite.*train\[0:7\] overflow.*torch\.float64"):
+            score(fitted)
+        assert np.isfinite(score(exact)).all()
+    assert np.isfinite(self_influence(fitted, big)).all()  # in float64 as it is
+    with pytest.raises(IFVPUsageError, match=r"finite.*queries\[0:3\] overflow"):
+        pairwise_scores(fitted, data, huge[:3], **options)
+    with pytest.raises(IFVPUsageError, match=r"finite.*data\[0:20\] overflow"):
+        self_influence(exact, ModelData(model.double(), (1e170 * x.double(), weights.double())))
+
+
 def test_estimators_in_other_hands():
     """A frozen estimator stands in for the one inside; a pipeline or a search does not."""
     case = BY_NAME["mlp"]
@@ -265,6 +299,9 @@ def test_estimators_in_other_hands():
             ):
                 score(other)
     pairwise_scores(search.best_estimator_, data, data)
+    for score in (lambda e: pairwise_scores(e, data, data), lambda e: self_influence(e, data)):
+        with pytest.raises(IFVPUsageError, match=r"the class EKFAC.*EKFAC\(\)\.fit\(train\)"):
+            score(EKFAC)
     with pytest.raises(NotFittedError):
         pairwise_scores(Explicit(), data, data)
 

@@ -435,19 +435,38 @@ def test_unknown_measurements(measurement):
 
 
 @pytest.mark.parametrize(
-    "measurement", [lambda m, b: m(b[0]), lambda m, b: m(b[0]).sum(), lambda m, b: 1.0]
+    "measurement",
+    [
+        lambda m, b: m(b[0]),
+        lambda m, b: m(b[0]).sum(),
+        lambda m, b: 1.0,
+        lambda m, b: m(b[0]).argmax(1),
+        # A pair was taken for losses with a mask, and its sign not turned.
+        lambda m, b: (m(b[0])[:, 0], torch.ones(len(b[0]), 1)),
+        lambda m, b: [m(b[0])[:, 0], None],
+    ],
 )
 def test_measurements_of_another_shape(measurement):
     fitted, model = fitted_on("mlp", Explicit)
     data = data_of("mlp", model)
-    with pytest.raises(IFVPUsageError, match="measurement=<lambda> returned"):
+    expected = r"measurement=<lambda> returned .*; expected one number per example.*\(B,\)"
+    with pytest.raises(IFVPUsageError, match=expected):
         influence.pairwise_scores(fitted, *data, measurement=measurement)
+
+
+def test_a_constant_measurement():
+    fitted, model = fitted_on("mlp", Explicit)
+    data = data_of("mlp", model)
+    with pytest.raises(IFVPUsageError, match="the values of measurement=<lambda> do not depend on"):
+        influence.pairwise_scores(
+            fitted, *data, measurement=lambda m, b: torch.ones(len(b[0]), dtype=torch.float64)
+        )
 
 
 def test_errors_of_options():
     fitted, model = fitted_on("mlp", Explicit)
     data = data_of("mlp", model)
-    for normalization in ("relative", 1):
+    for normalization in ("relative", 1, np.array(["relatif", None]), np.zeros(2)):
         with pytest.raises(IFVPUsageError, match=r"normalization=.*expected None or 'relatif'"):
             influence.pairwise_scores(fitted, *data, normalization=normalization)
     with pytest.raises(IFVPUsageError, match="blocks='layers'; expected 'layer', 'parameter'"):

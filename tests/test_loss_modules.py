@@ -219,9 +219,66 @@ def test_unequal_numbers_of_examples():
 
 
 def test_an_error_of_a_module_names_it():
-    with pytest.raises(ValueError, match="size") as caught:
-        fit(nn.BCEWithLogitsLoss(), real(3), real(2))
-    assert any("BCEWithLogitsLoss" in note for note in caught.value.__notes__)
+    class Product(nn.Module):
+        def forward(self, outputs, targets):
+            return (outputs @ targets.T).sum()
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        fit(Product(), real(3), real(2))
+    assert any("Product" in note for note in caught.value.__notes__)
+
+
+# Whose outputs and targets are of one shape, with targets that all of them take.
+ELEMENTWISE = {
+    kind: options
+    for kind, options, outputs, targets in MODULES
+    if outputs.shape == targets.shape and kind is not nn.CrossEntropyLoss
+}
+
+
+@pytest.mark.parametrize("other", [(), (1,), (2,), (3, 1, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("kind", ELEMENTWISE, ids=lambda kind: kind.__name__)
+def test_targets_that_would_broadcast(kind, other):
+    """Torch's warning, or nothing, would be all that is heard of it."""
+    message = rf"loss={kind.__name__}\(\) got outputs of shape \(6, 3\).*expected equal shapes"
+    with pytest.raises(IFVPUsageError, match=message):
+        fit(kind(), real(3), torch.zeros(N, *other))
+
+
+@pytest.mark.parametrize(("outputs", "targets"), [((1,), ()), ((), (1,)), ((3, 1), (3,))], ids=str)
+@pytest.mark.parametrize(
+    "kind", [k for k in ELEMENTWISE if k is not nn.MultiLabelMarginLoss], ids=lambda k: k.__name__
+)
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_targets_without_a_last_dimension_of_one(kind, outputs, targets):
+    """Taken for what they are, without a warning of torch's."""
+    module = kind(**{k: v for k, v in ELEMENTWISE[kind].items() if "weight" not in k})
+    made, values = real(*outputs).sigmoid(), real(*targets).cos().abs()
+    pairs = zip(made, values.reshape(made.shape), strict=True)
+    expected = [module(one[None], target[None]) for one, target in pairs]
+    found = resolve_loss(module).losses(made, values)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_gaussian_targets_that_would_broadcast():
+    outputs = real(3), real(3).abs()
+    loss = resolve_loss(nn.GaussianNLLLoss())
+    with pytest.raises(IFVPUsageError, match=r"shape \(6, 3\) and targets of shape \(6,\)"):
+        loss.losses(outputs, real())
+    found = loss.losses(tuple(part[:, :1] for part in outputs), real())
+    expected = loss.losses(tuple(part[:, :1] for part in outputs), real()[:, None])
+    assert torch.equal(found, expected)
+
+
+BINARY = ["bce", nn.BCEWithLogitsLoss(), nn.BCELoss(), nn.MultiLabelSoftMarginLoss()]
+BEYOND = {"signs": signs(), "classes": label(3, 3), "above": label(2, 3) + 1e-3}
+
+
+@pytest.mark.parametrize("loss", BINARY, ids=str)
+@pytest.mark.parametrize("targets", BEYOND.values(), ids=BEYOND)
+def test_binary_targets_that_are_no_probabilities(loss, targets):
+    with pytest.raises(IFVPUsageError, match=r"needs targets from 0 to 1; got .*\(y \+ 1\) / 2"):
+        fit(loss, real(3).sigmoid(), targets)
 
 
 @pytest.mark.parametrize("kind", ["empirical", "mc", "exact", "predicted"])

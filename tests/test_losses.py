@@ -207,6 +207,25 @@ def test_callable_that_calls_parts_of_the_model():
     assert set(fitted.coverage_.values()) == {"captured (linear)"}
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (randn(1, 5), randint(3, 1)),
+        (randn(1, 7, 5), randint(3, 1, 7)),  # of one sequence
+        (randn(7, 1, 5), randint(3, 7, 1)),  # positions first
+        (randn(7, 5), torch.tensor(2)),  # one example of several parts
+        (randn(7, 5), randn(2, 4)),  # a graph, with its edges
+    ],
+    ids=["rows", "sequence", "positions first", "parts", "graph"],
+)
+def test_one_loss_of_one_example(batch):
+    def loss(model, batch):
+        return model(batch[0]).square().sum()[None]
+
+    fitted = Explicit(loss=loss).fit(Shaped(3).double(), [batch] * 2)
+    assert fitted.n_samples_seen_ == 2
+
+
 class FourthPower(losses.Loss):
     """A loss of one's own, with an unusual batch."""
 
@@ -295,6 +314,78 @@ def test_logits_are_found_in_outputs(wrap, as_dict):
     x, y = randn(N, 5), randint(3, N)
     batch = {"x": x, "labels": y} if as_dict else (x, y)
     assert distance(Explicit().fit(model, [batch]), model, unwrapped, batch) <= 1e-12
+
+
+# -- where the classes are -------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Three classes at every position, by layers that see all positions."""
+
+    def __init__(self, finish):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.finish = finish
+
+    def forward(self, x):
+        return self.finish(self.layer(x.cumsum(1)))
+
+
+def named(logits):
+    return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact", "predicted"])
+@pytest.mark.parametrize("first", [3, 4])
+def test_as_many_positions_as_classes(first, fisher):
+    """Logits of output objects have the classes last, whatever the sizes of a batch."""
+    batches = [
+        (randn(4, length, 5, seed=length), randint(3, 4, length)) for length in (first, 7 - first)
+    ]
+    model = Tagger(named).double()
+    rows = []
+    for x, y in batches:
+        for example, labels in zip(x, y, strict=True):
+            logs = model(example[None]).logits[0].log_softmax(1)
+            if fisher == "exact":
+                rows += [(logs[t, c], logs[t, c].exp()) for t in range(len(logs)) for c in range(3)]
+            else:
+                best = logs.argmax(1) if fisher == "predicted" else labels
+                rows += [(logs.gather(1, best[:, None]).sum(), torch.ones(()))]
+    expected = 0
+    for row, weight in rows:
+        grads = torch.autograd.grad(row, list(model.parameters()), retain_graph=True)
+        vector = torch.cat([grad.flatten() for grad in grads])
+        expected = expected + weight.detach() * vector.outer(vector) / 8
+    found = Explicit(fisher=fisher).fit(model, batches).fisher_.to_dense()
+    assert float((found - expected).norm() / expected.norm()) <= 1e-12
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_classes_that_are_not_where_a_loss_looks(length):
+    """Refused for every length, not only where the shapes happen not to fit."""
+    batch = randn(N, length, 5), randint(3, N, length)
+    second = Tagger(lambda out: named(out.movedim(-1, 1))).double()
+    if length != 3:  # else they are like any that have the classes last
+        with pytest.raises(IFVPUsageError, match=r"\.logits .* classes last.*return the tensor"):
+            Explicit().fit(second, [batch])
+    for module in (nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss()):
+        with pytest.raises(
+            IFVPUsageError, match=r"classes along dimension 1, and \.logits.*'causal_lm'.*'cross_e"
+        ):
+            Explicit(loss=module).fit(Tagger(named).double(), [batch])
+
+
+def test_both_remedies_where_classes_cannot_be_told():
+    batch = randn(N, 3, 5), randint(3, N, 3)
+    with pytest.raises(IFVPUsageError, match=r"sum'\).*out\.movedim\(-1, 1\).*with \.logits"):
+        Explicit().fit(Tagger(lambda out: out).double(), [batch])
+    model, moved = Tagger(named).double(), Tagger(lambda out: out.movedim(-1, 1)).double()
+    moved.load_state_dict(model.state_dict())
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    one = Explicit().fit(model, [batch]).fisher_.to_dense()
+    other = Explicit(loss=loss).fit(moved, [batch]).fisher_.to_dense()
+    assert float((one - other).norm()) <= 1e-12 * float(one.norm())
 
 
 # -- other kinds of Fisher -------------------------------------------------------------------------
@@ -429,7 +520,7 @@ class TestKinds:
         ids=["mse", "callable", "HuberLoss", "label smoothing", "pos_weight"],
     )
     def test_what_is_no_likelihood_is_refused(self, model, settings, message):
-        batch = randn(N, 5), randn(N, 3)
+        batch = randn(N, 5), randn(N, 3).sigmoid()
         if isinstance(settings["loss"], nn.CrossEntropyLoss):
             batch = randn(N, 5), randint(3, N)
         with pytest.raises(IFVPUsageError, match=message):

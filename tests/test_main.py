@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from fimkit._demo.evaluation import METHODS, Detection, baselines, correlations,
 from fimkit._demo.explanation import explain
 from fimkit._demo.reference import Reference
 from fimkit._demo.report import explanation_lines
+from fimkit._demo.retraining import foretold, leave_out
 
 # Another seed than the default, so that the job is not only good at that one.
 SEED = 3
@@ -178,6 +181,77 @@ def test_explanations_are_the_extreme_scores_and_mark_flipped_labels(trained, re
         assert any(marked in line for line in lines)
 
 
+# -- digits left out in truth --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def left_out(trained):
+    return leave_out(trained.digits, SEED)
+
+
+def minimum(images, labels, kept, start):
+    """Return the penalised softmax regression of the examples that are kept, by SciPy."""
+    x, y = images.double().numpy(), labels.numpy()
+    x = np.hstack([x, np.ones((len(x), 1))])
+    n = len(x)
+    x, y = x[kept], y[kept]
+
+    def loss_and_gradient(flat):
+        weights = flat.reshape(10, -1)
+        logits = x @ weights.T
+        log_p = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+        errors = np.exp(log_p)
+        errors[range(len(y)), y] -= 1
+        loss = -log_p[range(len(y)), y].sum() / n + 5e-4 * flat @ flat
+        return loss, (errors.T @ x / n + 1e-3 * weights).ravel()
+
+    options = {"maxiter": 5000, "maxfun": 10000, "ftol": 0, "gtol": 1e-9}
+    found = scipy.optimize.minimize(
+        loss_and_gradient, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options
+    )
+    return torch.from_numpy(found.x.reshape(10, -1))
+
+
+def test_rises_are_those_of_a_training_without_the_digit(trained, left_out):
+    digits = trained.digits
+    n = len(digits.train_labels)
+    assert left_out.rises.shape == (len(digits.test_labels), 100)
+    assert len(set(left_out.indices)) == 100
+    assert digits.flipped[left_out.indices].any()
+
+    def losses(weights):
+        logits = digits.test_images.double() @ weights[:, :-1].T + weights[:, -1]
+        return cross_entropy(logits, digits.test_labels, reduction="none").numpy()
+
+    model, given = left_out.model, (digits.train_images, digits.train_labels)
+    claimed = torch.cat([model.weight, model.bias[:, None]], 1).detach()
+    full = minimum(*given, np.ones(n, bool), claimed)
+    torch.testing.assert_close(claimed, full, rtol=0, atol=1e-6)
+    for column in (0, int(np.argmax(digits.flipped[left_out.indices]))):
+        without = minimum(*given, np.arange(n) != left_out.indices[column], full)
+        rise = losses(without) - losses(full)
+        assert np.abs(left_out.rises[:, column] - rise).max() < 1e-3 * np.abs(rise).max()
+
+
+def test_scores_are_compared_with_the_rises(trained, left_out):
+    """Against dense scores of the regression; a score is positive where the loss rises."""
+    digits, model = trained.digits, left_out.model
+    rows = dense_gradients(model, digits.train_images.double(), digits.train_labels)
+    queries = dense_gradients(model, digits.test_images.double(), digits.test_labels)
+    damping = 0.1 * rows.square().mean()
+    fisher = rows.T @ rows / len(rows) + damping * torch.eye(650, dtype=torch.float64)
+    scores = {
+        "explicit": queries @ torch.linalg.solve(fisher, rows.T),
+        "gradient product": queries @ rows.T,
+    }
+    found = foretold(left_out, digits, ["explicit"])
+    assert found == {
+        name: pytest.approx(correlations(values[:, left_out.indices].numpy(), left_out.rises)[0])
+        for name, values in scores.items()
+    }
+    assert found["explicit"] > 0.7 > 0.4 > found["gradient product"] > 0
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 
@@ -243,12 +317,17 @@ def test_all_methods_side_by_side(trained, result, tmp_path, capsys):
     assert main(["--method", "all", "--seed", str(SEED), "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert next(iter(METHODS)) == "explicit"
+    agreement = foretold(leave_out(trained.digits, SEED), trained.digits, list(METHODS))
+    product = [agreement["gradient product"]]
+    assert numbers(out, "gradient product ") == pytest.approx(product, abs=6e-4)
+    assert "training a convex model again" in err
     for method in METHODS:
         other = evaluate(method, trained.model, trained.digits)
         own, harm = other.detections.values()
         pearson, spearman = correlations(other.scores, result.scores)
         found = numbers(out, f"{method} ")[2:]
-        assert found == pytest.approx([own.auc, harm.auc, pearson, spearman], abs=6e-4)
+        expected = [own.auc, harm.auc, pearson, spearman, agreement[method]]
+        assert found == pytest.approx(expected, abs=6e-4)
         assert (pearson == pytest.approx(1)) == (method == "explicit")
         assert f"fitting {method}," in err
     for name, detection in baselines(trained.model, trained.digits, SEED).items():

@@ -1,7 +1,9 @@
 """Every operator against its dense form."""
 
+import pytest
 import torch
 
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.operators import (
     BlockDiagonalOperator,
     Columns,
@@ -160,3 +162,26 @@ class TestBlockDiagonal(OperatorSuite):
         assert error(operator.diagonal(dampings), matrix.diagonal()) <= 1e-12
         assert abs(operator.trace(dampings) - float(matrix.trace())) <= 1e-10
         assert error(operator.to_dense(dampings), matrix) <= 1e-12
+
+
+def test_dampings_of_blocks():
+    """One number, one per block in order, or by name in any order; others are refused."""
+    first, second = (
+        DenseOperator(reference.fisher(spread(30, 4))),
+        GramOperator(
+            RowMatrix([(Columns((slice(0, 3),)), DenseRows(spread(2, 3)[:, None]))], 3),
+            2,
+            torch.device("cpu"),
+        ),
+    )
+    places = Columns((slice(0, 4),)), Columns((slice(4, 7),))
+    blocks = BlockDiagonalOperator({"a": (places[0], first), "b": (places[1], second)})
+    v = spread(2, 7)
+    expected = torch.cat([first.solve(v[:, :4], 0.1), second.solve(v[:, 4:], 0.5)], 1)
+    assert torch.equal(blocks.solve(v, [0.1, 0.5]), expected)
+    assert torch.equal(blocks.solve(v, {"b": 0.5, "a": 0.1}), expected)
+    for damping in ([0.1], {"a": 0.1}, {"a": 0.1, "c": 0.5}, None, "auto"):
+        with pytest.raises(IFVPUsageError, match=r"one for each of the 2 blocks.*: a, b"):
+            blocks.solve(v, damping)
+    with pytest.raises(SingularFisherError, match=r"^block 'b'"):
+        blocks.logdet([0.1, 0.0])

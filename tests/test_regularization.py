@@ -236,7 +236,7 @@ def test_errors_of_blocks(blocks, message):
 @pytest.mark.parametrize(
     ("blocks", "value", "message"),
     [
-        ("all", -1e-3, "-0.001; expected a finite number of at least 0"),
+        ("all", -1e-3, "-0.001; expected a finite number, not negative"),
         ("all", float("nan"), "nan; expected a finite number"),
         ("all", float("inf"), "inf; expected a finite number"),
         ("all", "automatic", "regularization='automatic'; expected 'auto'"),

@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
+from sklearn import config_context
+from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, LeaveOneOut, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from torch import nn
@@ -132,6 +133,19 @@ def test_splitters(data):
     assert RegularizationCV(DIAGONAL, GRID).fit(data).n_splits_ == 5
 
 
+def test_groups_are_routed(data):
+    groups = np.arange(N) // 8
+    search = RegularizationCV(DIAGONAL, GRID, cv=GroupKFold(5))
+    expected = clone(search).fit(data, groups=groups).cv_results_
+    with config_context(enable_metadata_routing=True):
+        requesting = clone(search.set_fit_request(groups=True))
+        assert str(requesting.get_metadata_routing()) == "{'fit': {'groups': True}}"
+        pipeline = make_pipeline(requesting, Normalizer()).fit(data, groups=groups)
+    found = pipeline[0].cv_results_
+    for key in ("split0_test_score", "split4_test_score", "mean_test_score"):
+        assert np.array_equal(found[key], expected[key])
+
+
 def test_behaves_as_the_chosen_estimator(data):
     search = RegularizationCV(EK, GRID, cv=FOLDS).fit(data)
     chosen = EKFAC(search.regularization_, loss="mse").fit(data)
@@ -188,7 +202,7 @@ def test_manners(data):
         ({"regularizations": ["auto", 1.0]}, IFVPUsageError, r"\[0\] is 'auto'; expected a number"),
         ({"regularizations": [1.0, -1.0]}, IFVPUsageError, r"\[1\] is -1.0"),
         ({"regularizations": 1.0}, ValueError, "'regularizations' parameter"),
-        ({"regularizations": [0.0, 1.0]}, SingularFisherError, "singular"),
+        ({"regularizations": [0.0, 1e-300]}, SingularFisherError, r"singular at 2 of 2 .*larger"),
         ({"estimator": Normalizer()}, ValueError, "'estimator' parameter"),
         ({"cv": "five"}, ValueError, "'cv' parameter"),
         ({"cv": 99}, ValueError, "n_splits=99"),
@@ -229,3 +243,82 @@ def test_no_warnings(data):
         warnings.simplefilter("error")
         RegularizationCV(EK, GRID[::-1], cv=FOLDS).fit(data)
         RegularizationCV(EK, [0.5], cv=FOLDS).fit(data)
+
+
+@pytest.mark.parametrize("estimator", [*METHODS[:2], METHODS[3]], ids=repr)
+def test_singular_candidates_are_left_out(data, estimator):
+    """As by a grid search, which takes what fails for not a number."""
+    grid = [1e-300, 1e-2, 1.0, 0.0, 1e2]
+    message = "singular at 2 of 5 regularizations, the largest 1e-300; these are not chosen"
+    with pytest.warns(UserWarning, match=message) as caught:
+        search = RegularizationCV(estimator, grid, cv=FOLDS).fit(data)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = GridSearchCV(estimator, {"regularization": grid}, cv=FOLDS).fit(data)
+    for key in ("split0_test_score", "mean_test_score", "rank_test_score", "std_test_score"):
+        found = search.cv_results_[key]
+        assert found == pytest.approx(expected.cv_results_[key], rel=1e-6, nan_ok=True)
+    assert np.isnan(search.cv_results_["mean_test_score"]).tolist() == [
+        value < 1e-100 for value in grid
+    ]
+    assert search.regularization_ == expected.best_params_["regularization"]
+    assert search.best_score_ == np.nanmax(search.cv_results_["mean_test_score"])
+
+
+def test_the_default_grid_on_few_examples():
+    torch.manual_seed(0)
+    data = ModelData(nn.Linear(4, 3), (3 * torch.randn(12, 4), torch.arange(12) % 3))
+    with pytest.warns(UserWarning, match="these are not chosen"):
+        search = RegularizationCV(EKFAC(), cv=LeaveOneOut()).fit(data)
+    assert np.isfinite(search.transform(data)).all()
+
+
+class Scripted(BaseEstimator):
+    """One whose scores are told, by the first example of a fold."""
+
+    def __init__(self, scores=None, regularization=1.0):
+        self.scores = scores
+        self.regularization = regularization
+
+    def fit(self, data):
+        return self
+
+    def score_path(self, data, regularizations):
+        return np.array(self.scores[data.indices[0]])
+
+
+@pytest.mark.parametrize(("gain", "alike"), [(0.55, True), (0.6, False)])
+def test_scores_alike_up_to_their_standard_error(data, gain, alike):
+    """That of the best's gain over each other: here 2 / sqrt(3) over sqrt(4) folds, 0.577."""
+    every = np.arange(N)
+    folds = [(every[every != i], [i]) for i in range(4)]
+    gains = [gain + 1, gain - 1, gain + 1, gain - 1]
+    scores = {i: [100 * i, 100 * i + gains[i], 100 * i] for i in range(4)}
+    search = RegularizationCV(Scripted(scores), [0.1, 1.0, 10.0], cv=folds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        search.fit(data)
+    assert search.regularization_ == 1.0
+    assert ["score alike" in str(warning.message) for warning in caught] == [True] * alike
+
+
+@pytest.mark.parametrize(
+    ("middle", "messages"),
+    [
+        (101.0, ["singular at 1 of 3"]),
+        (100.0, ["singular at 1 of 3", "regularizations from 1 to 10 score alike"]),
+        (99.0, ["singular at 1 of 3", "is the largest"]),
+        (np.nan, ["singular at 2 of 3"]),
+    ],
+)
+def test_warnings_beside_singular_candidates(data, middle, messages):
+    """The least that is not singular has no smaller ones to include."""
+    search = RegularizationCV(Scripted([[np.nan, middle, 100.0]] * N), [0.1, 1.0, 10.0], cv=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        search.fit(data)
+    assert len(caught) == len(messages)
+    for warning, message in zip(caught, messages, strict=True):
+        assert message in str(warning.message)

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import dropout
 from torch.utils.data import (
     BatchSampler,
@@ -490,6 +491,91 @@ def test_random_numbers_that_cannot_be_replayed(loader):
     assert EKFAC().fit(CASE.model(), loader()).n_samples_seen_ == N
 
 
+def headless(dtype=torch.float64):
+    """A model that gives all inputs the same outputs, as before its head is trained."""
+    model = CASE.model().to(dtype)
+    nn.init.zeros_(model[-1].weight)
+    nn.init.zeros_(model[-1].bias)
+    return model
+
+
+class OwnLabels(OwnOrder):
+    """Labels in an order of that kind."""
+
+    def __iter__(self):
+        x, y = CASE.batch()
+        return iter(split((x, y[list(super().__iter__())]), N, 5))
+
+
+class OwnNoise(nn.Module):
+    """A model with noise that nobody else knows of, before its head or after it."""
+
+    def __init__(self, inner, place):
+        super().__init__()
+        self.inner, self.place = inner, place
+        self.generator = torch.Generator()
+        self.generator.manual_seed(0)
+
+    def forward(self, x):
+        for i, layer in enumerate(self.inner):
+            if i == self.place:
+                x = x * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+            x = layer(x)
+        return x * torch.rand(x.shape, generator=self.generator) if self.place is None else x
+
+
+def as_dtype(batches, dtype):
+    return [(x.to(dtype), y) for x, y in batches]
+
+
+CONSTANT_LOSSES = {
+    "noise in data": (lambda: DataLoader(Noisy(OwnGenerator()), 5), headless),
+    "order": (lambda: DataLoader(PLAIN, 5, sampler=OwnOrder()), headless),
+    "labels": (OwnLabels, headless),
+    "noise in the model": (lambda: CASE.batches(5), lambda: OwnNoise(headless(), 0)),
+    "noise before the head": (lambda: CASE.batches(5), lambda: OwnNoise(headless(), 4)),
+    "noise after the head": (lambda: CASE.batches(5), lambda: OwnNoise(headless(), None)),
+}
+
+
+@pytest.mark.parametrize("budget", [0, 1500])
+@pytest.mark.parametrize("name", CONSTANT_LOSSES)
+def test_what_losses_do_not_tell(name, budget):
+    """A head of zeros gives the same losses whatever comes; layers' inputs and gradients tell."""
+    data, model = CONSTANT_LOSSES[name]
+    message = r"batch \d has other (inputs of|gradients at) layers"
+    with pytest.raises(IFVPUsageError, match=message):
+        EKFAC(cache_budget=budget).fit(model(), data())
+    assert EKFAC().fit(model(), data()).n_samples_seen_ == N
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_losses_do_not_tell_in_coarser_dtypes(dtype):
+    batches = as_dtype(PLAIN_BATCHES, dtype)
+    model = headless(dtype)
+    changed = Changing(batches, as_dtype(PLAIN_BATCHES[::-1], dtype))
+    with pytest.raises(IFVPUsageError, match="batch 0 has other inputs of layers"):
+        EKFAC(cache_budget=0).fit(model, changed)
+    # Rounding is not told from the same: kernels may add up in any order.
+    near = [(x * (1 + torch.finfo(dtype).eps * torch.randn_like(x).sign()), y) for x, y in batches]
+    assert EKFAC(cache_budget=0).fit(model, Changing(batches, near)).n_samples_seen_ == N
+
+
+def test_gradients_that_are_rounding_errors_are_not_compared():
+    """Of examples fitted perfectly; the largest gradients tell what is small."""
+    x, y = (part[:4] for part in CASE.batch())
+    model = nn.Sequential(nn.Linear(5, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linalg.lstsq(x, 30 * torch.eye(3, dtype=x.dtype)[y])[0].T)
+    x = x.float()
+    assert model(x).argmax(1).tolist() == y.tolist()
+    batches = [(x, y), (x, (y + 1) % 3)]
+    again = [(x * (1 + 1e-6), y), batches[1]]
+    losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    assert losses.max() < 1e-5
+    assert EKFAC(cache_budget=0).fit(model, Changing(batches, again)).n_samples_seen_ == 8
+
+
 @parametrize_budgets
 def test_models_with_noise_of_their_own(budget):
     """Refused before any second pass: an example has another loss each time."""
@@ -509,3 +595,15 @@ def test_models_with_noise_of_their_own_on_single_examples():
     assert same(fit(BUDGETS["nothing is kept"]), fit(BUDGETS["all is kept"]))
     with pytest.raises(IFVPUsageError, match=r"batch \d+ has other losses"):
         fit(BUDGETS["some is kept"])
+
+
+def test_checks_draw_no_random_numbers():
+    """A head of zeros hides the noise before it, which both passes meet alike."""
+
+    def fit(budget):
+        torch.manual_seed(3)
+        model = headless()
+        model.insert(4, Apply(lambda self, x: dropout(x, 0.5, training=True)))
+        return EKFAC(cache_budget=budget).fit(model, PLAIN_BATCHES)
+
+    assert same(fit(BUDGETS["nothing is kept"]), fit(BUDGETS["all is kept"]))

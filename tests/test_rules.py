@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -409,7 +409,7 @@ ATTENTION = [
     attention("no bias", bias=False, batch_first=True),
     attention(
         "added keys and values",
-        rest={"bias_k": "slow", "bias_v": "slow"},
+        rest={"bias_k": "expansion", "bias_v": "expansion"},
         add_bias_kv=True,
         batch_first=True,
     ),
@@ -468,6 +468,17 @@ PRODUCTS = [
     product("Tensor.matmul", lambda p, x: x.matmul(p["w"]), "matmul", 5),
     product("torch.mm", lambda p, x: torch.mm(x, p["w"]), "matmul", 5),
     product("Tensor.mm", lambda p, x: x.flatten(0, 1).mm(p["w"]).view(len(x), -1), "matmul", T, 5),
+    product("torch.matmul by name", lambda p, x: torch.matmul(x, other=p["w"]), "matmul", T, 5),
+    product(
+        "torch.matmul, both by name",
+        lambda p, x: torch.matmul(other=p["w"], input=x),
+        "matmul",
+        5,
+    ),
+    product("torch.mm by name", lambda p, x: torch.mm(x, mat2=p["w"]), "matmul", 5),
+    product("Tensor.matmul by name", lambda p, x: x.matmul(other=p["w"]), "matmul", T, 5),
+    product("Tensor.mm by name", lambda p, x: x.mm(mat2=p["w"]), "matmul", 5),
+    product("torch.matmul by NumPy's name", lambda p, x: torch.matmul(x, x2=p["w"]), "slow", 5),
     product("@, a weight for the left side", lambda p, x: p["w"] @ x, "slow", 3, 2),
     product(
         "addmm with factors",
@@ -494,6 +505,205 @@ PRODUCTS = [
         a=(4, 5),
     ),
 ]
+
+# -- what all examples share -----------------------------------------------------------------------
+
+
+def shared(name, call, coverage, *shape, **parameters):
+    """Parameters, or modules, that meet inputs of a shape directly."""
+
+    def layer():
+        parts = {
+            key: p if callable(p) else partial(torch.randn, p) for key, p in parameters.items()
+        }
+        built = {key: build() for key, build in parts.items()}
+        modules = any(isinstance(part, nn.Module) for part in built.values())
+        return nn.ModuleDict(built) if modules else nn.ParameterDict(built)
+
+    return Case(name, layer, normal(*shape), coverage, call)
+
+
+def in_place(layer, x):
+    """Scale and shift the same memory again and again."""
+    x = x.tanh()
+    x *= layer["w"]
+    x.mul_(layer["w"]).add_(layer["b"], alpha=-0.5)
+    x -= layer["b"]
+    return x
+
+
+def of_views(name, call, coverage="multiplication", **parameters):
+    return shared(f"multiplication by {name}", call, coverage, 2, 3, 4, **parameters)
+
+
+PRODUCTS_BY_ELEMENT = [
+    shared("w * x", lambda p, x: p["w"] * x, "multiplication", T, 5, w=(5,)),
+    shared("x * w", lambda p, x: x * p["w"], "multiplication", 5, w=(5,)),
+    shared("torch.mul", lambda p, x: torch.mul(x, other=p["w"]), "multiplication", 2, 3, w=(3,)),
+    shared("Tensor.mul", lambda p, x: x.mul(p["w"]), "multiplication", T, 5, w=(T, 1)),
+    shared("a scalar times x", lambda p, x: p["w"] * x, "multiplication", T, 3, w=()),
+    shared("one number times x", lambda p, x: x * p["w"], "multiplication", T, 3, w=(1,)),
+    shared("w * x, x of size 1", lambda p, x: x * p["w"], "multiplication", T, 1, w=(5,)),
+    shared("w * x, of another dtype", lambda p, x: x.float() * p["w"], "multiplication", 5, w=(5,)),
+    of_views("a weight per channel", lambda p, x: p["w"] * x, w=(2, 1, 1)),
+    of_views("unsqueezed", lambda p, x: x * p["w"][None, :, None, None], w=(2,)),
+    of_views("reshaped", lambda p, x: x * p["w"].view(1, -1, 1, 1), w=(2,)),
+    of_views("transposed", lambda p, x: x * p["w"].T, w=(4, 3)),
+    of_views("in part", lambda p, x: x * p["w"][1:, 2:6], w=(4, 7)),
+    of_views("every other", lambda p, x: x * p["w"][::2], w=(5, 4)),
+    of_views("a part for each half", lambda p, x: x * p["w"][:4] + x * p["w"][1:], w=(5,)),
+    of_views("overlapping windows", lambda p, x: x * p["w"].unfold(0, 4, 1), "slow", w=(6,)),
+    of_views("a function of the weight", lambda p, x: x * p["w"].exp(), "slow", w=(4,)),
+    of_views("its square", lambda p, x: x * (p["w"] * p["w"]), "slow", w=(4,)),
+    of_views("a detached weight", lambda p, x: (x + p["w"]) * p["w"].detach(), "addition", w=(4,)),
+]
+
+SUMS_BY_ELEMENT = [
+    shared("w + x", lambda p, x: p["w"] + x, "addition", T, 5, w=(T, 5)),
+    shared("x + w", lambda p, x: x + p["w"], "addition", T, 5, w=(1, T, 5)),
+    shared("x + w, w per position", lambda p, x: x + p["w"], "addition", T, 5, w=(T, 1)),
+    shared("x + w, longer", lambda p, x: x + p["w"][:, :T], "addition", T, 5, w=(1, T + 2, 5)),
+    shared(
+        "torch.add with alpha", lambda p, x: torch.add(x, p["w"], alpha=2), "addition", 5, w=(5,)
+    ),
+    shared("torch.add to w", lambda p, x: torch.add(p["w"], x, alpha=2), "addition", 5, w=(5,)),
+    shared("x - w", lambda p, x: x - p["w"], "subtraction", T, 5, w=(5,)),
+    shared("w - x", lambda p, x: p["w"] - x, "subtraction", T, 5, w=(5,)),
+    shared(
+        "torch.sub with alpha", lambda p, x: torch.sub(x, p["w"], alpha=2), "subtraction", 5, w=(5,)
+    ),
+    shared("in place", in_place, {"w": "multiplication", "b": "subtraction"}, T, 5, w=(5,), b=(5,)),
+    shared(
+        "in place of a view",
+        lambda p, x: x.tanh().transpose(1, 2).mul_(p["w"]),
+        "slow",
+        T,
+        5,
+        w=(T,),
+    ),
+    shared(
+        "scale and shift",
+        lambda p, x: (x * p["w"] + p["b"]).tanh() * p["w"],
+        {"w": "multiplication", "b": "addition"},
+        T,
+        5,
+        w=(5,),
+        b=(5,),
+    ),
+    shared("a product and a sum", lambda p, x: x @ p["w"] + p["w"][0], "addition", T, 5, w=(5, 5)),
+    shared(
+        "x + w, time first",
+        lambda p, x: (x.transpose(0, 1) + p["w"]).transpose(0, 1),
+        "addition",
+        T,
+        5,
+        w=(5,),
+    ),
+    shared(
+        "x + w per position, time first",
+        lambda p, x: (x.transpose(0, 1) + p["w"][:, None]).transpose(0, 1),
+        "slow",
+        T,
+        5,
+        w=(T, 5),
+    ),
+    shared(
+        "windows merged, + w",
+        lambda p, x: (x.flatten(0, 1) + p["w"]).view_as(x),
+        "addition",
+        3,
+        T,
+        5,
+        w=(T, 5),
+    ),
+    shared(
+        "two parameters first", lambda p, x: x + (p["w"] + p["b"]), "slow", T, 5, w=(T, 5), b=(5,)
+    ),
+]
+
+EXPANSIONS = [
+    shared(
+        "class token",
+        lambda p, x: torch.cat([p["w"].expand(len(x), -1, -1), x], 1),
+        "expansion",
+        T,
+        5,
+        w=(1, 1, 5),
+    ),
+    shared(
+        "class token as a vector",
+        lambda p, x: torch.cat([p["w"].expand((len(x), 1, -1)), x], 1),
+        "expansion",
+        T,
+        5,
+        w=(5,),
+    ),
+    shared(
+        "class token, repeated",
+        lambda p, x: torch.cat([p["w"].repeat(len(x), 1, 1), x], 1),
+        "expansion",
+        T,
+        5,
+        w=(1, 1, 5),
+    ),
+    shared(
+        "tokens, unsqueezed",
+        lambda p, x: torch.cat([p["w"][None].expand(len(x), -1, -1), x], 1),
+        "expansion",
+        T,
+        5,
+        w=(2, 5),
+    ),
+    shared("expand_as", lambda p, x: x.sin() / p["w"].expand_as(x), "expansion", T, 5, w=(T, 1)),
+    shared(
+        "broadcast_to",
+        lambda p, x: x.cos() * torch.broadcast_to(p["w"], x.shape),
+        "expansion",
+        T,
+        5,
+        w=(5,),
+    ),
+    shared(
+        "expanded along positions only", lambda p, x: x + p["w"].expand(T, -1), "slow", T, 5, w=(5,)
+    ),
+    shared("tiled", lambda p, x: x * p["w"].repeat(len(x), 1, 2), "slow", T, 6, w=(3,)),
+]
+
+
+def looked_up(name, call, coverage="embedding", **settings):
+    """Positions looked up once for all examples."""
+    table = partial(nn.Embedding, T + 2, 3, **settings)
+    return shared(f"positions, {name}", lambda p, x: call(p["e"], x), coverage, T, 3, e=table)
+
+
+POSITIONS = torch.arange(T)
+LOOKUPS = [
+    looked_up("+", lambda e, x: x + e(POSITIONS)),
+    looked_up("of one row", lambda e, x: e(POSITIONS[None]) + x),
+    looked_up("unsqueezed", lambda e, x: torch.add(x, e(POSITIONS)[None])),
+    looked_up("in place", lambda e, x: x.tanh().add_(e(POSITIONS.flip(0)))),
+    looked_up("repeated entries", lambda e, x: x + e(POSITIONS // 2)),
+    looked_up("padding_idx=2", lambda e, x: x + e(POSITIONS), padding_idx=2),
+    looked_up("added twice", lambda e, x: (lambda p: (x + p).tanh() + (p + x.sin()))(e(POSITIONS))),
+    looked_up("expanded", lambda e, x: x * e(POSITIONS[None]).expand(len(x), -1, -1)),
+    looked_up("repeated", lambda e, x: x * e(POSITIONS)[None].repeat(len(x), 1, 1)),
+    looked_up("and indices of examples", lambda e, x: e((x[..., 0] > 0).long()) + e(POSITIONS)),
+    looked_up("one for all positions", lambda e, x: x + e(POSITIONS[1:2])),
+    looked_up("multiplied by", lambda e, x: x * e(POSITIONS), "slow"),
+    looked_up("subtracted", lambda e, x: x - e(POSITIONS), "slow"),
+    looked_up(
+        "added, and multiplied by", lambda e, x: (lambda p: (x + p) * p)(e(POSITIONS)), "slow"
+    ),
+    looked_up("scaled in place", lambda e, x: x + e(POSITIONS).mul_(2), "slow"),
+    looked_up("in part", lambda e, x: x + e(torch.arange(T + 2))[:T], "slow"),
+    looked_up(
+        "of rows and columns",
+        lambda e, x: x + (e(POSITIONS)[:, None] + e(POSITIONS)).sum(1),
+        "slow",
+    ),
+]
+
+SHARED = [*PRODUCTS_BY_ELEMENT, *SUMS_BY_ELEMENT, *EXPANSIONS, *LOOKUPS]
 
 # -- subclasses ------------------------------------------------------------------------------------
 
@@ -582,13 +792,6 @@ OTHERS = [
     Case("ConvTranspose1d", lambda: nn.ConvTranspose1d(2, 3, 2, stride=2), normal(2, 3), "slow"),
     Case("ConvTranspose2d", lambda: nn.ConvTranspose2d(2, 2, 2, groups=2), normal(2, 3, 2), "slow"),
     Case("PReLU", lambda: nn.PReLU(3), normal(3, 2), "slow"),
-    Case(
-        "positions looked up once for all examples",
-        lambda: nn.Embedding(T, 3),
-        normal(T, 3),
-        "slow",
-        lambda layer, x: x + layer(torch.arange(T)),
-    ),
 ]  # fmt: skip
 
 CASES = [
@@ -598,6 +801,7 @@ CASES = [
     *NORMS,
     *ATTENTION,
     *PRODUCTS,
+    *SHARED,
     *SUBCLASSES,
     *OTHERS,
 ]

@@ -1,6 +1,7 @@
 """Fitted estimators in files."""
 
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -216,15 +217,19 @@ def saved(tmp_path):
     return path
 
 
-def changed(path, change):
+def changed(path, change, *, keep_digest=False):
     """Let ``change`` edit the description of a file, and its header in it."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     description = json.loads(content[8 : 8 + length])
     header = json.loads(description["__metadata__"]["header"])
     change(description, header)
-    if "header" in description.get("__metadata__", {}):
-        description["__metadata__"]["header"] = json.dumps(header)
+    metadata = description.get("__metadata__", {})
+    if "header" in metadata:
+        metadata["header"] = json.dumps(header)
+        if not keep_digest:
+            digest = hashlib.sha256(metadata["header"].encode()).hexdigest()
+            metadata["header_sha256"] = digest
     encoded = json.dumps(description).encode()
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
 
@@ -317,6 +322,49 @@ def endless_shape(description, header):
 def lost_attribute(description, header):
     items = header["fitted"]["items"]
     header["fitted"]["items"] = [item for item in items if item[0] != "_space"]
+
+
+@pytest.mark.parametrize(
+    "name", ["dtype_", "coverage_", "n_samples_seen_", "_settings", "_traces", "parameter_names_"]
+)
+@pytest.mark.parametrize("value", ["lost", None, 1.5, 2**70])
+def test_fitted_attributes_are_checked(saved, name, value):
+    def change(description, header):
+        items = [item for item in header["fitted"]["items"] if item[0] != name]
+        header["fitted"]["items"] = items + [[name, value]] * (value != "lost")
+
+    if (name, value) == ("n_samples_seen_", 2**70):
+        return  # it is an integer
+    changed(saved, change)
+    with pytest.raises(IFVPUsageError, match=f"is damaged.*{name}"):
+        fimkit.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "other"),
+    [('"transposed": false', '"transposed": true'), ('"bias": true', '"bias": false')],
+)
+def test_a_header_changed_by_hand_is_refused(saved, pattern, other):
+    """Its numbers would be others, where nothing else shows that."""
+
+    def change(description, header):
+        written = json.dumps(header["fitted"])
+        assert pattern in written
+        header["fitted"] = json.loads(written.replace(pattern, other))
+
+    changed(saved, change, keep_digest=True)
+    with pytest.raises(IFVPUsageError, match="is damaged: its header is not the one"):
+        fimkit.load(saved)
+
+
+def test_integers_without_end_are_refused(saved):
+    def change(description, header):
+        written = json.dumps(header["fitted"])
+        header["fitted"] = json.loads(re.sub(r'"groups": \d+', f'"groups": {2**70}', written))
+
+    changed(saved, change)
+    with pytest.raises(IFVPUsageError, match="is damaged"):
+        fimkit.load(saved)
 
 
 @pytest.mark.parametrize(

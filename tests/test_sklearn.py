@@ -5,6 +5,8 @@ import gc
 import inspect
 import pickle
 import weakref
+from dataclasses import dataclass
+from functools import partial
 
 import joblib
 import numpy as np
@@ -44,6 +46,7 @@ from fimkit import (
     RegularizationCV,
     influence,
 )
+from fimkit.losses import CallableLoss
 from tests import reference
 from tests.cases import BY_NAME, mlp
 
@@ -350,6 +353,15 @@ def test_what_goes_in_is_no_metadata(estimator):
 ROUTING = [f"set_{name}_request" for name in ("fit", "transform", "inverse_transform", "score")]
 
 
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, RegularizationCV(EKFAC(), [1e-2])], ids=repr)
+def test_arguments_by_name(estimator):
+    data = ModelData(CASE.model(), CASE.batch(), batch_size=5)
+    fitted = clone(estimator).fit(data)
+    for method in ("transform", "inverse_transform", "score", "score_samples", "mahalanobis"):
+        call = getattr(fitted, method)
+        assert np.array_equal(call(vectors=data), call(data))
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 def test_frozen(estimator):
     data = ModelData(CASE.model(), CASE.batch())
@@ -538,3 +550,131 @@ def test_html(estimator):
         assert name in fitted._repr_html_()
         with pytest.raises(IFVPUsageError):
             _ = fitted.regularization_
+
+
+class Own(nn.Module):
+    """A model with its loss, which is no function of the ``model`` that it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def loss(self, model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y, reduction="none")
+
+    def scaled(self, scale, model, batch):
+        return scale * self.loss(model, batch)
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the model is copied")
+
+
+@dataclass
+class Holder:
+    model: nn.Module
+
+    def __call__(self, model, batch):
+        return self.model.loss(model, batch)
+
+
+class HoldingLoss(CallableLoss):
+    """One that follows the documented protocol."""
+
+    def __init__(self, model):
+        super().__init__(model.loss)
+
+
+HOLDING = {
+    "bound method": lambda model: model.loss,
+    "partial": lambda model: partial(model.scaled, 1.0),
+    "callable object": Holder,
+    "Loss": HoldingLoss,
+}
+
+
+@pytest.mark.parametrize("how", HOLDING)
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_searches_with_a_loss_that_holds_the_model(how, n_jobs):
+    """A copy of it is of another model: every score would be that of gradients of zero."""
+    model = Own().double()
+    data = ModelData(model, CASE.batch(), batch_size=5)
+    loss = HOLDING[how](model)
+    folds = KFold(2, shuffle=True, random_state=0)
+    expected = GridSearchCV(EKFAC(), REGULARIZATIONS, cv=folds, error_score="raise").fit(data)
+    search = clone(expected).set_params(estimator=EKFAC(loss=loss), n_jobs=n_jobs).fit(data)
+    found, scores = (each.cv_results_["mean_test_score"] for each in (search, expected))
+    assert found == pytest.approx(scores, rel=1e-9)
+    assert search.best_estimator_.loss is loss
+    trace = search.best_estimator_.fisher_.trace()
+    assert trace == pytest.approx(expected.best_estimator_.fisher_.trace(), rel=1e-9)
+    grid = {"fim": [EKFAC(1e-2, loss=loss), EKFAC(1.0, loss=loss)]}
+    search = GridSearchCV(Pipeline([("fim", EKFAC())]), grid, cv=folds, error_score="raise")
+    assert search.fit(data).cv_results_["mean_test_score"] == pytest.approx(scores, rel=1e-9)
+
+
+@pytest.mark.parametrize("how", HOLDING)
+def test_paths_with_a_loss_that_holds_the_model(how):
+    model = Own().double()
+    data = ModelData(model, CASE.batch(), batch_size=5)
+    loss = HOLDING[how](model)
+    search = clone(RegularizationCV(EKFAC(loss=loss), [1e-2], cv=2)).fit(data)
+    expected = RegularizationCV(EKFAC(), [1e-2], cv=2).fit(data)
+    assert search.estimator_.loss is loss
+    assert search.best_score_ == pytest.approx(expected.best_score_, rel=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_clones_take_over_nothing_but_the_loss(estimator):
+    loss, state = HoldingLoss(Own()), np.random.RandomState(0)
+    original = clone(estimator).set_params(loss=loss, random_state=state, parameters=["*"])
+    copied = clone(original)
+    assert copied.loss is original.loss is loss
+    assert copied.parameters == original.parameters
+    assert copied.parameters is not original.parameters
+    assert copied.random_state is not state
+    assert copied.random_state.randint(1000) == state.randint(1000)
+    parameters = {**copied.get_params(), "random_state": None}
+    assert parameters == {**original.get_params(), "random_state": None}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_losses_of_another_model_are_refused(estimator):
+    """As a search makes them, which copies what is in its grid."""
+    data, other = ModelData(CASE.model(), CASE.batch()), Own().double()
+    with pytest.raises(IFVPUsageError, match=r"no parameter of the Sequential .*loss=loss holds"):
+        clone(estimator).set_params(loss=other.loss).fit(data)
+    fitted = clone(estimator).set_params(loss=other.loss).fit(ModelData(other, CASE.batch()))
+    renamed = ModelData(nn.ModuleDict({"inner": CASE.model()}), CASE.batch())
+    with pytest.raises(IFVPUsageError, match="no parameter of the ModuleDict"):
+        fitted.transform(renamed)
+
+
+class WithUnused(nn.Module):
+    """A model with a layer that its loss meets not at all, and one without any effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.idle, self.absent = mlp(), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        self.idle(x[:, :3])
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_a_selection_that_the_losses_do_not_reach_is_refused(estimator):
+    data = ModelData(WithUnused().double(), CASE.batch(), batch_size=5)
+    for names in ("idle.*", "absent.*", ["idle.*", "absent.*"]):
+        selecting = clone(estimator).set_params(parameters=names)
+        first = names[0] if isinstance(names, list) else names
+        message = f"no loss depends on a selected parameter, '{first[:-1]}weight' and"
+        with pytest.raises(IFVPUsageError, match=message):
+            selecting.fit(data)
+        assert not hasattr(selecting, "fisher_")
+    fitted = clone(estimator).set_params(parameters=["inner.0.*", "idle.*", "absent.*"]).fit(data)
+    for name in ("idle.weight", "absent.bias"):
+        assert fitted.coverage_[name].endswith("no gradient seen")

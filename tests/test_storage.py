@@ -282,14 +282,29 @@ def test_leftovers_of_a_crash_are_removed_by_the_next_fit(where, tmp_path):
         for path in left.iterdir():
             path.unlink()
     elif where == "while it is removed":
-        (left / "lock").unlink()
-    other = tmp_path / "a folder of the user's"
-    other.mkdir()
+        next(path for path in left.iterdir() if path.name != "lock").unlink()
     fitted = fit(tmp_path)
     assert not left.exists()
-    assert other.exists()
-    assert len(subfolders(tmp_path)) == 2
+    assert len(subfolders(tmp_path)) == 1
     del fitted
+
+
+@pytest.mark.parametrize("name", ["a folder of the user's", "fimkit-rows-kept"])
+def test_folders_of_the_user_are_left_alone(name, tmp_path):
+    notes = tmp_path / name / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("kept")
+    fit(tmp_path)
+    gc.collect()
+    assert notes.read_text() == "kept"
+
+
+def test_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fitted = fit("~/rows")
+    assert fitted._row_folder.path.parent == tmp_path / "rows"
+    with pytest.raises(IFVPUsageError, match="storage is empty"):
+        fit("")
 
 
 def test_rows_of_a_living_process_are_not_removed(tmp_path):

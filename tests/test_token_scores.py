@@ -34,14 +34,26 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class Scale(nn.Module):
+    """A scale and a shift, written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return self.weight * x + self.bias
+
+
 class Language(nn.Module):
     """A causal language model; its head may be tied to the embedding."""
 
-    def __init__(self, *, tied=False, positions=False):
+    def __init__(self, *, tied=False, positions=False, scaled=False):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.positions = nn.Embedding(8, WIDTH) if positions else None
         self.layers = nn.ModuleList([Layer(), Layer()])
+        self.scale = Scale() if scaled else nn.Identity()
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=not tied)
         if tied:
             self.head.weight = self.embedding.weight
@@ -52,7 +64,7 @@ class Language(nn.Module):
             x = x + self.positions(torch.arange(input_ids.shape[1]))
         for layer in self.layers:
             x = layer(x, attention_mask.bool(), True)
-        return self.head(x)
+        return self.head(self.scale(x))
 
 
 class Classifier(nn.Module):
@@ -130,13 +142,14 @@ class PlainAttention(nn.Module):
 def alive_at(model, token, length, alone):
     """Let the parameters of layers met by tokens have their gradient at one token, or at none.
 
-    An example that is ``alone`` in its batch has the embeddings of its positions for its own; if
-    it is of one token, all is that token's.
+    Embeddings of positions are looked up once for all examples, and are each one's own all the
+    same. Of an example of one token, ``alone`` in its batch, all is that token's.
     """
     handles, inside = [], []
 
     def hook(module, inputs, output):
-        own = alone and output.ndim == 2 and len(output) == length
+        own = (alone or isinstance(module, nn.Embedding)) and output.ndim == 2
+        own = own and len(output) == length
         if inside or not (own or output.shape[:-1] == (1, length)):
             return output
         inside.append(module)
@@ -147,7 +160,7 @@ def alive_at(model, token, length, alone):
         return torch.where(here, output, dead)
 
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding | Scale):
             handles.append(module.register_forward_hook(hook))
     try:
         yield
@@ -194,6 +207,7 @@ MODELS = {
     "language": (Language, {}),
     "tied": (Language, {"tied": True}),
     "positions": (Language, {"positions": True}),
+    "scaled": (Language, {"scaled": True}),
     "classifier": (Classifier, {}),
 }
 
@@ -233,10 +247,9 @@ def test_token_scores(name, method, size):
     assert found.scores.shape == (3, len(LENGTHS), max(LENGTHS))
     assert np.abs(found.scores - expected).max() <= 1e-9 * np.abs(expected).max()
     assert np.abs(found.rest - expected_rest).max() <= 1e-9 * np.abs(expected).max()
-    expected_names = {"classifier": {"head.weight", "head.bias"}, "positions": {"positions.weight"}}
-    if name != "positions" or size > 1:
-        assert set(found.undivided) == expected_names.get(name, set())
-        assert found.rest.any() == (name in expected_names)
+    expected_names = {"head.weight", "head.bias"} if name == "classifier" else set()
+    assert set(found.undivided) == expected_names
+    assert found.rest.any() == bool(expected_names)
     whole = influence.pairwise_scores(fitted, train, queries)
     assert reference.error(found.scores.sum(2) + found.rest, whole) <= 1e-12
 

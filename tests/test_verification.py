@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fimkit import Explicit, IFVPUsageError
+from fimkit import EKFAC, DataInf, Explicit, IFVPUsageError, ModelData
 from fimkit.gradients import engine
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.layout import BatchLayout
@@ -274,6 +274,32 @@ def test_no_gradient_in_the_first_batch():
     assert distance(fitted, rows) <= 1e-12
 
 
+@pytest.mark.parametrize("method", [Explicit, DataInf, EKFAC])
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_no_gradient_in_the_first_batch_of_a_model_with_shared_positions(method, size):
+    """Of a call that no batch size divides; there is no layout to guess then."""
+
+    def forward(self, ids):
+        return self.head((self.tokens(ids) + self.positions(torch.arange(6)[None])).tanh())
+
+    model = Apply(
+        forward, tokens=nn.Embedding(7, 4), positions=nn.Embedding(6, 4), head=nn.Linear(4, 7)
+    ).double()
+    ids = torch.randint(7, (15, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(1, 1)
+    labels[:size] = -100
+    first, *rest = split((ids, labels), 15, size)
+    rows = torch.zeros(15, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    told = (ids[size:], labels[size:])
+    rows[size:] = reference.gradients(model, reference.negative_log_likelihood, told, 15 - size)
+    fitted = method(1e-2).fit(model, [first, *rest])
+    if method is Explicit:
+        assert distance(fitted, rows) <= 1e-12
+    expected = method(1e-2).fit(model, [*rest, first]).transform(rows)
+    torch.testing.assert_close(fitted.transform(rows), expected, rtol=1e-9, atol=1e-12)
+    assert not fitted.transform(ModelData(model, first, batch_size=size)).any()
+
+
 def test_layers_without_gradient_are_not_checked_again_and_again(monkeypatch):
     """As the first factor of an adapter while its second is zero."""
     checks = []
@@ -300,12 +326,16 @@ def test_layers_without_gradient_are_not_checked_again_and_again(monkeypatch):
     assert distance(fitted, rows) <= 1e-12
 
 
+@pytest.mark.parametrize("ignored", [0, T])
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_a_tensor_that_all_examples_share(one_by_one):
-    """Its first dimension is no axis of examples, also where a batch has as many."""
+def test_a_tensor_that_all_examples_share(one_by_one, ignored):
+    """Its first dimension is no axis of examples, also where a batch has as many.
+
+    Nor where the first batch is as long, and has no gradient to tell.
+    """
 
     def forward(self, x, scales):
-        out = self.layer(x * scales[:, None]) + self.shift
+        out = torch.atan2(self.layer(x * scales[:, None]), self.shift)
         if one_by_one and bool((out > 99).all()):  # which vmap cannot tell
             raise AssertionError
         return out.tanh().sum(1)
@@ -319,7 +349,10 @@ def test_a_tensor_that_all_examples_share(one_by_one):
         return -model(x, scales)[0].log_softmax(0)[y[0]]
 
     rows = reference.gradients(model, example_loss, (x, y), N)
-    batches = [(x, scales, y) for x, y in split((x, y), N, 3, 5, T)]
+    rows[:ignored] = 0
+    y[:ignored] = -100
+    sizes = (T,) if ignored else (3, 5, T)
+    batches = [(x, scales, y) for x, y in split((x, y), N, *sizes)]
     fitted = Explicit().fit(model, batches)
     slowest = fitted.coverage_["shift"] == "one backward pass per example"
     assert slowest == one_by_one

@@ -10,6 +10,7 @@ from torch import nn
 from fimkit._demo.digits import Digits, accuracy
 from fimkit._demo.evaluation import Detection, MethodResult, correlations
 from fimkit._demo.explanation import Explanation, TrainingDigit
+from fimkit._demo.retraining import LeftOut
 
 __all__ = ["comparison_lines", "explanation_lines", "method_lines", "network_lines"]
 
@@ -52,18 +53,31 @@ def method_lines(result: MethodResult, baselines: Mapping[str, Detection]) -> li
 
 
 def comparison_lines(
-    results: Sequence[MethodResult], baselines: Mapping[str, Detection]
+    results: Sequence[MethodResult],
+    baselines: Mapping[str, Detection],
+    left_out: LeftOut,
+    agreement: Mapping[str, float],
 ) -> list[str]:
-    """Put several methods side by side, the first of which the others are compared with."""
+    """Put several methods side by side, the first of which the others are compared with.
+
+    Parameters
+    ----------
+    results : sequence of MethodResult
+    baselines : mapping of str to Detection
+    left_out : LeftOut
+    agreement : mapping of str to float
+        With what leaving digits out did, by method; those without a result get a line of their own.
+    """
     exact = results[0]
     lines = [
         _heading("The methods side by side"),
         _fact("lambda", f"{exact.damping:.3g}", "0.1 trace(F) / p, as 'auto' has it, for all"),
         _fact("peak memory", _peak_memory(), "resident, the whole process from its start"),
         "",
-        f"{'':21}{'seconds':>17}{'flipped labels, AUC':>25}{f'with {exact.method}':>21}",
+        f"{'':21}{'seconds':>17}{'flipped labels, AUC':>25}{f'with {exact.method}':>21}"
+        f"{'left out':>12}",
         f"{'':21}{'fit':>7}{'transform':>10}{'self-infl.':>17}{'harm':>8}"
-        f"{'Pearson':>12}{'Spearman':>9}",
+        f"{'Pearson':>12}{'Spearman':>9}{'Pearson':>12}",
     ]
     for result in results:
         own, harm = result.detections.values()
@@ -71,13 +85,23 @@ def comparison_lines(
         lines.append(
             f"  {result.method:19}{result.fit_seconds:>7.2f}{result.transform_seconds:>10.2f}"
             f"{own.auc:>17.3f}{harm.auc:>8.3f}{pearson:>12.3f}{spearman:>9.3f}"
+            f"{agreement[result.method]:>12.3f}"
         )
     for name, detection in baselines.items():
         lines.append(f"  {name:19}{detection.auc:>34.3f}")
+    others = set(agreement) - {result.method for result in results}
+    lines += [f"  {name:19}{agreement[name]:>75.3f}" for name in agreement if name in others]
     lines += [
         "",
         "  Correlations are of a test digit's influence scores over the training digits, the",
         f"  mean over {len(exact.scores)} test digits.",
+        "",
+        "  Left out: with the truth, on another model, which trains to its one minimum. Softmax",
+        f"  regression on these digits was trained again without each of {len(left_out.indices)} "
+        "training digits",
+        "  drawn at random, and the true rises of a test digit's loss are correlated with the",
+        "  method's scores for that model (lambda as above, by its own F). The network, whose",
+        "  training is subject to chance, is not trained again.",
     ]
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from abc import abstractmethod
@@ -64,7 +65,12 @@ _SAME = (
 )
 
 
-class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
+class FisherEstimator(  # type: ignore[call-arg]
+    ScoresMixin,
+    TransformerMixin,
+    BaseEstimator,
+    auto_wrap_output_keys=None,  # a wrapped transform takes its vectors by the name of X only
+):
     """Base of the estimators; see `fimkit.Explicit` for the shared parameters."""
 
     # What goes in is no metadata, although it is not called X.
@@ -119,7 +125,7 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         self,
         model: Any,
         dataloader: Any = None,
-        *,
+        *others: Any,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
     ) -> Any:
@@ -156,6 +162,12 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         RankError
             If another rank of the process group failed, naming it and its error.
         """
+        if others:  # there are none; x and y given apart deserve a better answer than Python's
+            raise IFVPUsageError(
+                f"fit(model, dataloader) got {len(others)} more, such as targets beside inputs; "
+                "give them together: DataLoader(TensorDataset(x, y), batch_size=256) as "
+                "dataloader, or fit(ModelData(model, (x, y)))."
+            )
         ranks = Ranks.current()
         with ranks.together():
             self._validate_params()
@@ -322,6 +334,14 @@ class FisherEstimator(ScoresMixin, TransformerMixin, BaseEstimator):
         if isinstance(damping, float):
             return damping
         return dict(zip(self._blocks, damping, strict=True))
+
+    def __sklearn_clone__(self) -> Any:
+        # A loss is never changed, and may hold the model, so it is taken over instead of copied.
+        other = copy.copy(self)
+        other.loss = "cross_entropy"
+        cloned = super(FisherEstimator, other).__sklearn_clone__()
+        cloned.loss = self.loss
+        return cloned
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "fisher_")

@@ -121,8 +121,8 @@ class EKFAC(_KroneckerEstimator):
     cache_budget : int, default=2**30
         Bytes of inputs and gradients kept between the passes. Batches beyond it are run through
         the model again, with the random numbers of the first pass (of torch, of the loader's
-        generators, of Python's ``random`` and of ``numpy.random``); data that give other losses
-        then are refused.
+        generators, of Python's ``random`` and of ``numpy.random``); data that give other losses,
+        or layers other inputs or gradients, then are refused.
 
     Attributes
     ----------

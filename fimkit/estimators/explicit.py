@@ -40,7 +40,7 @@ class Explicit(FisherEstimator):
         Negative log-likelihood per example, summed over the example's targets. ``"causal_lm"`` is
         the cross-entropy of each next token, of labels that are the token ids. ``"mse"`` is
         ½‖f − y‖². A callable is ``loss(model, batch)`` returning ``(B,)`` losses, or
-        ``(losses, mask)``.
+        ``(losses, mask)``; ``clone`` takes it over without a copy.
     fisher : {"empirical", "mc", "exact", "predicted"}, default="empirical"
         Where the gradients are taken: at the ground truth; at ``n_mc_samples`` labels sampled
         from the model; in closed form over the model's distribution (type-2 Fisher, generalised

@@ -13,11 +13,32 @@ from fimkit.estimators.datainf import DataInf
 from fimkit.estimators.description import Restorer
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
+from fimkit.estimators.settings import Settings
 from fimkit.exceptions import IFVPUsageError
+from fimkit.operators import Operator
+from fimkit.vectors import ParameterSpace
 
 __all__ = ["load"]
 
 _METHODS = {cls.__name__: cls for cls in (EKFAC, KFAC, DataInf, Diagonal, Explicit)}
+
+# What every fit has, and of what type it is.
+_FITTED: dict[str, type] = {
+    "_blocks": dict,
+    "_settings": Settings,
+    "_space": ParameterSpace,
+    "_traces": list,
+    "coverage_": dict,
+    "dtype_": torch.dtype,
+    "fisher_": Operator,
+    "n_features_in_": int,
+    "n_samples_seen_": int,
+    "parameter_names_": list,
+    "parameter_shapes_": dict,
+}
+
+# What contents that nothing wrote may raise.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 
 
 def load(
@@ -65,13 +86,16 @@ def load(
     try:
         estimator = _METHODS[header["class"]](**restorer.restore(header["parameters"]))
         fitted = restorer.restore(header["fitted"])
+        for name, kind in _FITTED.items():
+            if not isinstance(fitted[name], kind):
+                raise TypeError(f"{name} is of type {type(fitted[name]).__name__}")
         widths = {fitted["fisher_"].size, fitted["_space"].size, fitted["n_features_in_"]}
         blocks = sum(columns.size for columns in fitted["_blocks"].values())
         if widths != {blocks} or len(fitted["_traces"]) != len(fitted["_blocks"]):
             raise ValueError(f"parts of it have {sorted({*widths, blocks})} parameters")
     except IFVPUsageError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise IFVPUsageError(
             f"{str(path)!r} is damaged: {type(error).__name__}: {error}."
         ) from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fimkit.operators import (
     Operator,
     RowMatrix,
 )
+from fimkit.record import PassRecord
 from fimkit.statistics import (
     DiagonalAccumulator,
     FisherAccumulator,
@@ -44,9 +44,17 @@ class LayerParts:
     run : Run
     weight_sharing : {"expand", "reduce"}
     fallback : {"auto", "raise"}
+    apart : collection of str
+        Weights known to be one linear map in some batches only: they are in no layer.
     """
 
-    def __init__(self, run: Run, weight_sharing: WeightSharing, fallback: str) -> None:
+    def __init__(
+        self,
+        run: Run,
+        weight_sharing: WeightSharing,
+        fallback: str,
+        apart: Collection[str] = (),
+    ) -> None:
         self.layers: dict[str, LayerStatistics] = {}
         self.groups: dict[str, tuple[Columns, tuple[str, ...]]] = {}
         self._rest: dict[str, FisherAccumulator | DiagonalAccumulator] = {}
@@ -56,6 +64,7 @@ class LayerParts:
         self._solver: Solver = "auto" if run.ranks.alone else "primal"
         self._weight_sharing: WeightSharing = weight_sharing
         self._fallback = fallback
+        self._apart = apart
         self._masked = False
         self._mask_met = False
 
@@ -65,12 +74,13 @@ class LayerParts:
         Raises
         ------
         _NoLayerError
-            If what was a layer in earlier batches is none. The engine gives it as rows from now
-            on, so that another pass over all batches has the same parts throughout.
+            If what was a layer in earlier batches is none, or another one: its sides are not to be
+            mixed. In another pass over all batches, it is to be in no layer throughout.
         """
         for group in gradients.groups:
-            if group.given is not None and group.key in self.layers:
-                raise _NoLayerError(repr(group.key))
+            met = group.key in self.layers and not group.empty
+            if met and _form(group) != self._forms[group.key]:
+                raise _NoLayerError(group.key)
         outside: list[str] = []
         for group in gradients.groups:
             key = group.key
@@ -78,7 +88,7 @@ class LayerParts:
             if group.empty:
                 continue
             if key not in self._forms:
-                self._begin(key, group.form, group.layout or group.table)
+                self._begin(key, *_form(group))
                 if key in self._rest:
                     outside += group.group.names
             self._add(group, gradients)
@@ -165,13 +175,9 @@ class LayerParts:
         mask = gradients.mask
         if mask is None or mask.shape[1] == 1 or self._mask_met:
             return
-        self._masked = True
-        self._mask_met = any(
-            math.prod(call.use.lead) == mask.numel()
-            for group in gradients.groups
-            if group.key in self.layers
-            for call in group.calls
-        )
+        layers = [layer for layer in self.layers.values() if layer.has_positions]
+        self._masked = self._masked or bool(layers)
+        self._mask_met = any(layer.mask_met for layer in layers)
 
     def rest(self, key: str, n: int) -> tuple[Operator, str]:
         """Return the operator of parameters outside Kronecker layers, and how it is called."""
@@ -184,12 +190,6 @@ class LayerParts:
 
     def _add(self, group: GroupGradients, gradients: BatchGradients) -> None:
         if group.key in self.layers:
-            if group.form != self._forms[group.key][0]:
-                raise IFVPUsageError(
-                    f"{group.key!r} was one linear map in earlier batches and is not in this one "
-                    "(its calls differ between batches); leave it out with parameters=, or use "
-                    "Explicit."
-                )
             self.layers[group.key].add_factors(group, gradients.weights, gradients.mask)
         else:
             inner = Columns((slice(0, group.columns.size),))
@@ -199,7 +199,9 @@ class LayerParts:
     def _begin(self, key: str, form: str, layout: MatrixLayout | None) -> None:
         """Make the statistics of a group, empty."""
         self._forms[key] = form, layout
-        statistics = layer_statistics(form, layout, self._like, self._weight_sharing)
+        statistics = None
+        if key not in self._apart:
+            statistics = layer_statistics(form, layout, self._like, self._weight_sharing)
         size = self.groups[key][0].size
         if statistics is not None:
             self.layers[key] = statistics
@@ -207,6 +209,11 @@ class LayerParts:
             self._rest[key] = FisherAccumulator(size, self._like.device, self._solver)
         else:
             self._rest[key] = DiagonalAccumulator(size, self._like)
+
+
+def _form(group: GroupGradients) -> tuple[str, MatrixLayout | None]:
+    """Return how calls act on a group, which is the same in all batches of a layer."""
+    return group.form, group.layout or group.table
 
 
 def _differing(name: str, rank: int | None) -> IFVPUsageError:
@@ -218,7 +225,11 @@ def _differing(name: str, rank: int | None) -> IFVPUsageError:
 
 
 class _NoLayerError(Exception):
-    """What earlier batches took for a layer is none."""
+    """What earlier batches took for a layer is none, or another one."""
+
+    def __init__(self, weight: str) -> None:
+        super().__init__(weight)
+        self.weight = weight
 
 
 def first_pass(
@@ -230,20 +241,65 @@ def first_pass(
 ) -> tuple[LayerParts, bool]:
     """Return the parts of a pass over all batches, begun again where a layer is seen to be none.
 
-    An expert's tokens may lie by examples in one batch, as of one example alone, and not in others.
-    The rest is as for `Run.accumulate`.
+    An expert's tokens may lie by examples in one batch, as of one example alone, and not in others;
+    and a weight may be transposed in some. The rest is as for `Run.accumulate`.
     """
+    apart: set[str] = set()
+    attempts = _Attempts(batches or run.gradients)
     while True:
-        parts = LayerParts(run, weight_sharing, fallback)
+        parts = LayerParts(run, weight_sharing, fallback, apart)
         try:
-            passed = run.accumulate({"parts": parts, **(statistics or {})}, parts.update, batches)
+            passed = run.accumulate({"parts": parts, **(statistics or {})}, parts.update, attempts)
         except _NoLayerError as error:
             if isinstance(run.data, Iterator) or run.checkpoint is not None or not run.ranks.alone:
                 raise IFVPUsageError(
-                    f"{error} has its examples apart in some batches and not in others (an "
-                    "expert's tokens, say), and the pass cannot begin again to treat them alike: "
-                    "give a DataLoader or a list, to one process, without checkpoint=."
+                    f"{error.weight!r} is one linear map in some batches, and none or another one "
+                    "in others (its calls differ, or examples are not apart, as an expert's "
+                    "tokens), and the pass cannot begin again to treat them alike: give a "
+                    "DataLoader or a list, to one process, without checkpoint=, or leave it out "
+                    "with parameters=."
                 ) from error
+            apart.add(error.weight)
             run.begin_again()
         else:
             return parts, passed
+
+
+class _Attempts:
+    """The batches of a pass, which may begin again and then has to meet the same ones.
+
+    Parameters
+    ----------
+    batches : callable
+        Gives their gradients, from a batch on.
+    """
+
+    def __init__(self, batches: Callable[[int], Iterator[BatchGradients]]) -> None:
+        self._batches = batches
+        self._met = PassRecord()
+
+    def __call__(self, start: int) -> Iterator[BatchGradients]:
+        """Yield the gradients of every batch, from one on.
+
+        Raises
+        ------
+        IFVPUsageError
+            If a batch is another one than in the attempt before, as of data that come once only.
+        """
+        before, self._met = self._met, PassRecord()
+        for gradients in self._batches(start):
+            i = len(self._met)
+            self._met.append(gradients.scalars)
+            other = before.difference(i, gradients.scalars) if i < len(before) else None
+            if other is not None:
+                raise self._changed(f"batch {i} has other {other}")
+            yield gradients
+        if len(self._met) < len(before):
+            raise self._changed(f"there are fewer batches: {len(self._met)}")
+
+    def _changed(self, what: str) -> IFVPUsageError:
+        return IFVPUsageError(
+            "a parameter is one linear map in some batches only, so that the pass over the data "
+            f"began again, and {what} then; give a DataLoader or a list that repeats its batches, "
+            "or leave such parameters out with parameters=."
+        )

@@ -118,5 +118,5 @@ def _checked(value: Any, what: str) -> float:
     if number is None:
         raise IFVPUsageError(f"{what} is {value!r}; expected a number.")
     if not math.isfinite(number) or number < 0:
-        raise IFVPUsageError(f"{what} is {number}; expected a finite number of at least 0.")
+        raise IFVPUsageError(f"{what} is {number}; expected a finite number, not negative.")
     return number

@@ -19,7 +19,7 @@ from fimkit.distributed import Ranks
 from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.regularization import regularization_path
 from fimkit.estimators.run import inside
-from fimkit.exceptions import IFVPUsageError
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.gradients import whole
 
 __all__ = ["RegularizationCV"]
@@ -33,7 +33,12 @@ _ROUNDING = 1e-9
 _SAME = "All ranks choose among the same regularizations, over as many folds; give each the same."
 
 
-class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
+class RegularizationCV(  # type: ignore[call-arg]
+    MetaEstimatorMixin,
+    TransformerMixin,
+    BaseEstimator,
+    auto_wrap_output_keys=None,  # a wrapped transform takes its vectors by the name of X only
+):
     """An estimator with the regularization that scores best on held-out gradients.
 
     What `sklearn.linear_model.RidgeCV` is to ridge regression: each fold is fitted once and scored
@@ -87,7 +92,7 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
     """
 
     # What goes in is no metadata, although it is not called X.
-    __metadata_request__fit = dict.fromkeys(("data", "groups"), metadata_routing.UNUSED)
+    __metadata_request__fit = {"data": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__transform = {"vectors": metadata_routing.UNUSED}  # noqa: RUF012
     __metadata_request__inverse_transform = __metadata_request__transform
     __metadata_request__score = __metadata_request__transform
@@ -132,13 +137,15 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
             If the data are no `ModelData`, or a regularization is no number of at least 0; or if
             rows stay on the ranks of a process group, as `DataInf`'s do.
         SingularFisherError
-            If a fold is singular at one of the regularizations, as for 0 it usually is.
+            If a fold is singular at all of the regularizations.
 
         Warns
         -----
         UserWarning
             If the best regularization is the least or the largest, so that a better one may lie
-            beyond; or if all score alike, up to what differs between folds by chance.
+            beyond; if all score alike, up to what differs between folds by chance; or if a fold is
+            singular at some of them, as at 0 it usually is: their scores are NaN, and they are not
+            chosen.
         """
         ranks = Ranks.current()
         with ranks.together():
@@ -151,7 +158,8 @@ class RegularizationCV(MetaEstimatorMixin, TransformerMixin, BaseEstimator):
         with whole(inside(data)):
             scores = np.stack([_score(estimator, data, fold, grid, ranks) for fold in folds])
         results = _results(grid, scores)
-        best = int(results["mean_test_score"].argmax())
+        _warn_of_singular(grid, results["mean_test_score"])
+        best = int(np.nanargmax(results["mean_test_score"]))
         _warn(grid, scores, best)
         fitted = estimator.set_params(regularization=grid[best]).fit(data)
         self.cv_results_ = results
@@ -227,11 +235,23 @@ def _score(
             "solver='primal')."
         )
     with ranks.together():
-        own = fitted.score_path(data[test], grid)
+        own = _path(fitted, data[test], grid)
     parts = ranks.gather((len(test), own))
     n = sum(size for size, _ in parts)
     mean: npt.NDArray[np.float64] = sum(size / n * each for size, each in parts)
     return mean
+
+
+def _path(fitted: Any, data: ModelData, grid: list[float]) -> npt.NDArray[np.float64]:
+    """Return the scores of a path, NaN where the fit is singular."""
+    try:
+        scores: npt.NDArray[np.float64] = fitted.score_path(data, grid)
+    except SingularFisherError:
+        if len(grid) == 1:
+            return np.array([np.nan])
+        half = len(grid) // 2  # those that are singular are mostly neighbours
+        return np.concatenate([_path(fitted, data, part) for part in (grid[:half], grid[half:])])
+    return scores
 
 
 def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -243,20 +263,38 @@ def _results(grid: list[float], scores: npt.NDArray[np.float64]) -> dict[str, An
         **{f"split{i}_test_score": values for i, values in enumerate(scores)},
         "mean_test_score": mean,
         "std_test_score": scores.std(0),
-        "rank_test_score": rankdata(-mean, "min").astype(np.int32),
+        "rank_test_score": rankdata(np.where(np.isnan(mean), np.inf, -mean), "min").astype(
+            np.int32
+        ),
     }
 
 
+def _warn_of_singular(grid: list[float], mean: npt.NDArray[np.float64]) -> None:
+    """Warn of regularizations without a score, or raise if that is all of them."""
+    singular = [value for value, score in zip(grid, mean, strict=True) if np.isnan(score)]
+    if not singular:
+        return
+    found = (
+        f"the Fisher of a fold is singular at {len(singular)} of {len(grid)} regularizations, "
+        f"the largest {max(singular):g}"
+    )
+    if len(singular) == len(grid):
+        raise SingularFisherError(f"{found}; give larger ones.")
+    warnings.warn(f"{found}; these are not chosen.", UserWarning, stacklevel=3)
+
+
 def _warn(grid: list[float], scores: npt.NDArray[np.float64], best: int) -> None:
-    if len(set(grid)) == 1:
+    usable = ~np.isnan(scores).any(0)
+    tried = set(np.asarray(grid)[usable])
+    if len(tried) == 1:
         return
     # Folds differ more from each other than λ does within one, so differences are taken within.
     gains = scores[:, [best]] - scores
     error = gains.std(0, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.zeros(len(grid))
     rounding = _ROUNDING * abs(scores[:, best].mean())
-    if (gains.mean(0) <= np.maximum(error, rounding)).all():
+    if (gains.mean(0) <= np.maximum(error, rounding))[usable].all():
         warnings.warn(
-            f"all regularizations from {min(grid):g} to {max(grid):g} score alike, up to the "
+            f"all regularizations from {min(tried):g} to {max(tried):g} score alike, up to the "
             f"standard error over {len(gains)} folds, so the choice of {grid[best]:g} is chance; "
             "spread them further, or give more data.",
             UserWarning,

@@ -10,7 +10,8 @@ from torch import Tensor
 from fimkit.estimators.run import Run
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import BatchGradients
-from fimkit.replay import RandomStates, loader_generators, same_losses
+from fimkit.record import PassRecord
+from fimkit.replay import RandomStates, loader_generators
 
 __all__ = ["ReplayedPasses"]
 
@@ -31,19 +32,19 @@ class ReplayedPasses:
         self._run = run
         self._budget = budget
         self._kept: list[BatchGradients] = []
-        self._scalars: list[Tensor] = []
+        self._record = PassRecord()
         if getattr(run.data, "persistent_workers", False):
             # Starting workers draws a number, so they start before any pass.
             with RandomStates(loader_generators(run.data)):
                 iter(run.data)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses of the first pass. What it kept is not in it."""
-        return {"scalars": self._scalars}
+        """Return the record of the first pass. What it kept is not in it."""
+        return self._record.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a pass of before, of which nothing is kept."""
-        self._scalars = state["scalars"]
+        self._record.load_state_dict(state)
 
     def first(self, start: int = 0) -> Iterator[BatchGradients]:
         """Yield the gradients of every batch, from the start each time, or of those from one on.
@@ -55,16 +56,19 @@ class ReplayedPasses:
         """
         if not start:
             self._kept.clear()
-            self._scalars.clear()
+            self._record.clear()
         used, full = 0, start > 0
         for i, gradients in enumerate(self._run.gradients(start), start):
-            self._scalars.append(gradients.scalars)
-            yield gradients
-            gradients = gradients.layers()
-            used += gradients.nbytes
+            layers = gradients.layers()
+            used += layers.nbytes
             full = full or used > self._budget
+            if full or self._run.checkpoint is not None:  # which keeps nothing
+                self._record.append(layers.scalars, *_sides(layers))
+            else:
+                self._record.append(layers.scalars)
+            yield gradients
             if not full:
-                self._kept.append(gradients)
+                self._kept.append(layers)
             elif isinstance(self._run.data, Iterator):
                 raise IFVPUsageError(
                     f"the gradients of the first {i + 1} batches take more than "
@@ -81,16 +85,18 @@ class ReplayedPasses:
             If the data gives other batches than before, by the batch.
         """
         yield from self._kept[start:]
-        if len(self._kept) == len(self._scalars):
+        if len(self._kept) == len(self._record):
             return
         self._run.states.restore()
-        i, n = max(start, len(self._kept)), len(self._scalars)
+        i, n = max(start, len(self._kept)), len(self._record)
         for gradients in self._run.gradients(start=i):
             if i == n:
                 raise self._changed(f"there are more batches than {n}")
-            if not same_losses(gradients.scalars, self._scalars[i]):
-                raise self._changed(f"batch {i} has other losses")
-            yield gradients.layers()
+            layers = gradients.layers()
+            other = self._record.difference(i, layers.scalars, *_sides(layers))
+            if other is not None:
+                raise self._changed(f"batch {i} has other {other}")
+            yield layers
             i += 1
         if i != n:  # what ends among the batches that were kept ends unseen
             raise self._changed(f"there are fewer batches: {i} at most, instead of {n}")
@@ -102,3 +108,9 @@ class ReplayedPasses:
             "Python's random and of numpy.random are repeated, no others, and none in persistent "
             "workers), or a larger cache_budget, so that one pass is enough."
         )
+
+
+def _sides(gradients: BatchGradients) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the inputs of all layers, and the gradients at their outputs."""
+    calls = [call for group in gradients.groups for call in group.calls]
+    return [call.use.x for call in calls], [call.signals for call in calls]

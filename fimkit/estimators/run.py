@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,6 +121,7 @@ class Run:
         self._checksums: list[str] = []
         self._unread: dict[int, Tensor] = {}
         self._numbering = 0
+        self._has_warned = False
         self._autocast = AmbientAutocast()
         self._made: GradientEngine | None = None
 
@@ -241,6 +243,13 @@ class Run:
         for _, coverage in reversed(told):
             seen = {name: how for name, how in coverage.items() if how != UNSEEN}
             self.engine.coverage.update(seen)
+        if set(self.engine.coverage.values()) == {UNSEEN}:
+            name, *others = self.engine.coverage
+            more = f" and {len(others)} others" if others else ""
+            raise IFVPUsageError(
+                f"no loss depends on a selected parameter, {name!r}{more}; select some that the "
+                "loss is a function of, by parameters= (all that require grad when not given)."
+            )
         return passed
 
     def begin_again(self) -> None:
@@ -311,7 +320,7 @@ class Run:
         for i, (_, batch) in islice(numbered, start):
             self._check_again(i, batch)
             passed = i + 1
-        if passed < start:
+        if passed < start and self.checkpoint is not None:
             raise IFVPUsageError(
                 f"the data have {passed} batches, and {start} had been passed when the checkpoint "
                 "was written; give the same data in the same order, or another folder to begin "
@@ -332,6 +341,7 @@ class Run:
         )
         for i, (indices, batch) in progress:
             self._check_again(i, batch)
+            self._warn(i, batch)
             uniforms = ExampleUniforms(
                 self.settings.seed, before if indices is None else indices, self._numbering
             )
@@ -362,6 +372,15 @@ class Run:
                 "iterated over before is empty: give a list or a DataLoader)."
             )
         self._refuse_infinite()
+
+    def _warn(self, i: int, batch: Any) -> None:
+        """Warn once of what the loss doubts about batches that are passed for the first time."""
+        if self._has_warned or i < len(self.sizes):
+            return
+        doubt = self.settings.objective.loss.doubt(batch)
+        if doubt is not None:
+            self._has_warned = True
+            warnings.warn(f"batch {i}: {doubt}", UserWarning, stacklevel=2)
 
     def _check_again(self, i: int, batch: Any) -> None:
         """Keep the checksum of a batch, or compare it with that of the same batch before."""

@@ -29,7 +29,8 @@ from fimkit.functional.independence import layer_name
 from fimkit.functional.recording import Batches, RecordedBatch, Recorder
 from fimkit.gradients import AmbientAutocast, differentiating
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
-from fimkit.replay import RandomStates, same_losses
+from fimkit.record import PassRecord
+from fimkit.replay import RandomStates
 from fimkit.statistics.kronecker import LinearStatistics, set_eigenbases
 
 __all__ = ["ifvp_at_x_ekfac"]
@@ -152,17 +153,17 @@ def ifvp_at_x_ekfac(  # type: ignore[no-untyped-def]
 def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperator]]:
     """Return the operator of every layer of every cache, from two passes over the batches."""
     statistics: list[list[LinearStatistics]] = []
-    losses: list[Tensor] = []
+    record = PassRecord()
     selected = False
     n = sum(batches.sizes)
     with RandomStates() as states:
         for batch in recorder.batches(batches):
-            if not losses:
+            if not len(record):
                 statistics = [[_statistics(calls[0]) for calls in c] for c in batch.layers]
             for layer, calls in _each(statistics, batch):
                 for rows in calls:
                     layer.add_positions(rows, None, batch.mask)
-            losses.append(batch.losses)
+            record.append(batch.losses, *_sides(batch))
             selected = selected or batch.mask is None or bool(batch.mask.any())
         if not selected:
             raise IFVPUsageError(
@@ -173,11 +174,12 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
         set_eigenbases(layers, n, Ranks())
         states.restore()
         for index, batch in enumerate(recorder.batches(batches)):
-            if not same_losses(batch.losses, losses[index]):
+            other = record.difference(index, batch.losses, *_sides(batch))
+            if other is not None:
                 raise IFVPUsageError(
-                    f"func returned other losses for batch {index} when it was called on it "
-                    "again; it must depend on its arguments alone, and draw random numbers from "
-                    "torch's, Python's or NumPy's global state alone."
+                    f"func gave other {other} for batch {index} when it was called on it again; it "
+                    "must depend on its arguments alone, and draw random numbers from torch's, "
+                    "Python's or NumPy's global state alone."
                 )
             for layer, calls in _each(statistics, batch):
                 layer.add_squares(_joined(calls), None)
@@ -204,6 +206,12 @@ def _each(
 ) -> Iterator[tuple[LinearStatistics, list[FactoredRows]]]:
     for layers, recorded in zip(statistics, batch.layers, strict=True):
         yield from zip(layers, recorded, strict=True)
+
+
+def _sides(batch: RecordedBatch) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the inputs of all layers, and the gradients at their outputs."""
+    rows = [rows for cache in batch.layers for calls in cache for rows in calls]
+    return [each.inputs for each in rows], [each.signals for each in rows]
 
 
 def _statistics(rows: FactoredRows) -> LinearStatistics:

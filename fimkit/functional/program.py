@@ -64,6 +64,11 @@ class Program:
         for index, argument in enumerate(self._arguments):
             if index not in self.selected:
                 found = tensors(argument)
+                if any(tensor.is_meta for tensor in found):
+                    raise IFVPUsageError(
+                        f"argument {index} of func is on the meta device, which has no numbers; "
+                        "make it on a real one."
+                    )
                 self.data += [_ordinary(tensor) for tensor in found]
                 self.data_arguments += [index] * len(found)
         self.size = sum(parameter.numel() for parameter in self.parameters)

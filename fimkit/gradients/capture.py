@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from fimkit.gradients.rules import ENTERED, RULES, ParameterIndex, Use
+from fimkit.gradients.rules import ENTERED, RULES, EmbeddingUse, ParameterIndex, Use
 from fimkit.gradients.steady import is_steady
 
 __all__ = ["Capture"]
@@ -71,9 +71,15 @@ class Capture(TorchFunctionMode):
             self.detached.update(use.names)
             return output
         if output._is_view():
+            if args and output is args[0]:  # in place, so that not only what is returned is used
+                return output
             # An activation in place on a view would cut the edge recorded here out of the graph.
             output = output.clone()
         use.observe(output)
         use.edge = get_gradient_edge(output)
+        if use.replaces in self.uses:
+            self.uses.remove(use.replaces)
         self.uses.append(use)
+        if isinstance(use, EmbeddingUse) and use.replaces is None:
+            self._index.remember_lookup(output, use)
         return output

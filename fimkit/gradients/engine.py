@@ -27,11 +27,13 @@ from fimkit.gradients.modes import AmbientAutocast, held_tensors
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
-from fimkit.gradients.tree import tensors
+from fimkit.gradients.tree import common_length, tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
 from fimkit.losses import Uniforms
+from fimkit.losses.failures import explained
 from fimkit.operators import Columns
-from fimkit.vectors import ParameterSpace
+from fimkit.replay import RandomStates
+from fimkit.vectors import ParameterSpace, some_names
 
 __all__ = ["UNSEEN", "GradientEngine"]
 
@@ -76,10 +78,14 @@ class _Pass:
 
 
 class _Found(NamedTuple):
-    """Where the examples of each call are; guessed where a call had no gradient to tell."""
+    """Where the examples of each call are.
+
+    Guessed where a call had no gradient to tell, proven where the batch had any at all.
+    """
 
     layouts: list[BatchLayout | None]
     guessed: bool
+    proven: bool
 
 
 class GradientEngine:
@@ -171,7 +177,12 @@ class GradientEngine:
         key = run.key
         found = self._found.get(key)
         if found is None or not self._holds(found, run, signals):
-            found = self._found[key] = self._verify(run, signals)
+            # Checks run the model again; where it draws random numbers, a second pass, which needs
+            # no checks, is to meet the same.
+            with RandomStates():
+                found = self._verify(run, signals)
+            if found.proven:
+                self._found[key] = found
         for use in run.uses:
             del use.edge  # it holds the graph, which may go now
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
@@ -183,12 +194,22 @@ class GradientEngine:
 
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         versions = [tensor._version for tensor in tensors(batch)]
-        with self._autocast.restored(), Capture(self._parameters) as capture:
-            self._objective.loss.targets(batch)  # refuses a batch without any
-            outputs = self._objective.loss.outputs(self._model, batch)
-            labels = self._objective.labels(outputs, batch, uniforms)
-            columns, weights, mask = self._objective.columns(outputs, labels)
-            scalars = torch.stack(tuple(columns), 1)
+        loss, called = self._objective.loss, False
+        try:
+            with self._autocast.restored(), Capture(self._parameters) as capture:
+                loss.targets(batch)  # refuses a batch without any
+                outputs = loss.outputs(self._model, batch)
+                called = True
+                labels = self._objective.labels(outputs, batch, uniforms)
+                columns, weights, mask = self._objective.columns(outputs, labels)
+                scalars = torch.stack(tuple(columns), 1)
+        except Exception as error:
+            if self._found:
+                raise
+            misuse = explained(error, loss, self._model, batch, called=called)
+            if misuse is None:
+                raise
+            raise misuse from error
         if versions != [tensor._version for tensor in tensors(batch)]:
             raise IFVPUsageError(
                 "the model or the loss changes its inputs in place, so that they cannot be given "
@@ -196,16 +217,19 @@ class GradientEngine:
             )
         if not scalars.shape[0]:
             raise IFVPUsageError("it has no examples; remove empty batches.")
+        self._objective.check_number(len(scalars), batch)
         if not scalars.requires_grad:
             raise IFVPUsageError(
-                "the losses do not depend on any selected parameter through autograd: the model "
-                "or the loss detaches its result, for instance by torch.no_grad() or .item()."
+                f"the values of {self._objective.loss.name} do not depend on any selected "
+                "parameter through autograd: it is constant, or it or the model detaches its "
+                "result, for instance by torch.no_grad() or .item()."
             )
         if mask is None:
             mask = _padding_mask(batch)
         else:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
+        self._refuse_foreign(graph)
         precision = max(capture.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         return _Pass(
             batch,
@@ -219,6 +243,16 @@ class GradientEngine:
             precision,
             capture.steady,
         )
+
+    def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
+        """Refuse losses of another model than the one given."""
+        if not dict(graph).keys() & {id(parameter) for parameter in self._model.parameters()}:
+            raise IFVPUsageError(
+                f"the losses depend on no parameter of the {type(self._model).__name__} given: "
+                f"{self._objective.loss.name} holds another model and runs that, or a copy, as "
+                "scikit-learn makes of losses in a parameter grid. Let it run the model that it "
+                "is called with, as loss(model, batch)."
+            )
 
     def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
@@ -269,13 +303,13 @@ class GradientEngine:
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
         self._verify_alone(run)
-        for name in self._space.shapes:
-            if name in self._fallback_names:
-                self.coverage[name] = self._fallback.description
-        for use in run.uses:
-            for name in set(use.names) - self._fallback_names:
-                self.coverage[name] = use.description
-        return _Found(layouts, check.guessed)
+        ways = {name: use.description for use in run.uses for name in use.names}
+        ways.update(dict.fromkeys(self._fallback_names, self._fallback.description))
+        reached = dict(run.graph)
+        for name, parameter in self._parameters.items():
+            if name in ways and id(parameter) in reached:
+                self.coverage[name] = ways[name]
+        return _Found(layouts, check.guessed, check.tells)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""
@@ -305,7 +339,13 @@ class GradientEngine:
             wrong = check.disagreeing(rows, self._places(fallback=True))
             if not wrong:
                 return
-        names = ", ".join(map(repr, wrong or sorted(self._fallback_names)))
+        n, length = run.shape[0], common_length(run.batch)
+        if length is not None and n > length and n % length == 0:
+            raise IFVPUsageError(
+                f"the loss returned {n} losses for {length} examples, {n // length} for each, as "
+                f"of one per token; sum those of an example: losses.view({length}, -1).sum(1)."
+            ) from problem
+        names = some_names(wrong or sorted(self._fallback_names), 3)
         alone = "" if wrong else f" (an example alone raised {type(problem).__name__}: {problem})"
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"

@@ -222,7 +222,7 @@ class GroupGradients:
                 if name in call.use.names
             ]
             columns.append(torch.stack(rows).sum(0) if len(rows) > 1 else rows[0])
-        return torch.cat([rows.flatten(2) for rows in columns], 2)
+        return torch.cat([rows[..., None].flatten(2) for rows in columns], 2)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.tree import common_length, tensors
 from fimkit.losses import Loss, Uniforms
 
 __all__ = ["FisherKind", "Objective"]
 
 # Rows that one example may contribute to the exact Fisher.
 _MAX_ROWS = 4096
+
+# What to do about a loss that is not one number per example.
+_PER_EXAMPLE = (
+    "give its reduction as 'none' and sum over all but the examples; in place of the loss that a "
+    "Hugging Face model returns, a mean over the batch, use loss='cross_entropy', or 'causal_lm' "
+    "for next tokens"
+)
 
 FisherKind = Literal["empirical", "mc", "exact", "predicted"]
 
@@ -99,9 +107,27 @@ class Objective:
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             raise IFVPUsageError(
                 f"{self.loss.name} returned {_shown(losses)}; expected one loss per example, "
-                "shape (B,), so give its reduction as 'none' and sum over all but the examples."
+                f"shape (B,), so {_PER_EXAMPLE}."
             )
         return losses, mask
+
+    def check_number(self, n: int, batch: Any) -> None:
+        """Raise if one loss was returned for a batch of more examples.
+
+        Raises
+        ------
+        IFVPUsageError
+            If n is 1, and all tensors of the batch have the same larger size along their first
+            dimension, where the examples are.
+        """
+        size = common_length(batch)
+        if n == 1 and size is not None and size > 1 and not _is_one_with_positions_first(batch):
+            raise IFVPUsageError(
+                f"{self.loss.name} returned one loss for {size} examples, as many as every tensor "
+                f"of the batch has along its first dimension; expected shape ({size},), so "
+                f"{_PER_EXAMPLE}. If the batch is a single example, give each of its tensors a "
+                "first dimension of 1."
+            )
 
     def checked_mask(self, mask: Tensor, n: int) -> Tensor:
         """Return the mask that the loss told as booleans, one row per example.
@@ -122,6 +148,13 @@ class Objective:
                 f"expected ({n}, T), a row for each (expand one that all share)."
             )
         return mask.bool()
+
+
+def _is_one_with_positions_first(batch: Any) -> bool:
+    """Whether a batch may be one example along dimension 1, as layers take it by default."""
+    ranks = {tensor.ndim for tensor in tensors(batch) if tensor.ndim}
+    alone = all(tensor.shape[1:2] == (1,) for tensor in tensors(batch) if tensor.ndim)
+    return alone and max(ranks) == 3
 
 
 def _shown(value: Any) -> str:

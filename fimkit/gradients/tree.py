@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["map_tensors", "tensors", "to_device"]
+__all__ = ["common_length", "map_tensors", "tensors", "to_device"]
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -47,6 +47,18 @@ def tensors(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, batch)
     return found
+
+
+def common_length(batch: Any) -> int | None:
+    """Return the size of every tensor's first dimension.
+
+    None where they differ, where there is no tensor, and where numbers stand beside only one: of
+    a single example, such as its label.
+    """
+    found = tensors(batch)
+    lengths = [len(tensor) for tensor in found if tensor.ndim]
+    alone = len(lengths) == 1 < len(found)
+    return lengths[0] if len(set(lengths)) == 1 and not alone else None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

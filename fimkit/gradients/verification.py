@@ -42,9 +42,9 @@ def still_fit(
         As for `RandomSum`.
     """
     n = len(scalars)
-    calls = [call for call in calls if call[2].axis is not None]
     if not all(layout.fits(use.lead, n) for use, _, layout in calls):
         return False
+    calls = [call for call in calls if call[2].axis is not None]
     if not calls:
         return True
     coefficients = _coefficients(scalars)
@@ -100,6 +100,8 @@ class RandomSum:
     ----------
     guessed : bool
         Whether a layout that was found is only the likeliest, its call having had no gradient.
+    tells : bool
+        Whether any parameter has a gradient, without which no check can fail.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class RandomSum:
                 parameters.items(), gradients[len(uses) :], strict=True
             )
         }
+        self.tells = any(bool(gradient.any()) for gradient in self._parameters.values())
 
     def find(self, i: int, use: Use, signals: Tensor | None) -> BatchLayout | None:
         """Return the layout under which each position answers to one example's scalars only.
@@ -140,10 +143,13 @@ class RandomSum:
         n = self.coefficients.shape[0]
         candidates = candidate_layouts(use.lead, n)
         observed, self._signals[i] = self._signals[i], None
-        size = 0.0 if signals is None or observed is None else _norm(observed)
-        if signals is None or observed is None or not size:
+        if signals is None or observed is None:  # the loss does not depend on it
             self.guessed = True
             return candidates[0] if candidates else BatchLayout(None)
+        size = _norm(observed)
+        if not size:
+            self.guessed = True
+            return candidates[0] if candidates else None
         tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, self._precision})
         weights = self.coefficients.to(signals)
         fitting: list[tuple[float, BatchLayout]] = []

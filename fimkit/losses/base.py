@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["CallableLoss", "Loss", "Uniforms", "described"]
+__all__ = ["CallableLoss", "Loss", "Uniforms", "arguments_of", "described", "logits_of", "run"]
 
 #: Numbers in [0, 1) of a shape with the examples first, by random state, example and sample.
 Uniforms = Callable[[Sequence[int]], Tensor]
@@ -30,12 +31,8 @@ class Loss:
         A tuple or list is ``(*inputs, targets)``; of a mapping, ``labels`` are the targets and
         the rest keyword arguments. An output object's ``logits`` are taken when it has them.
         """
-        if isinstance(batch, Mapping):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            out = model(**inputs)
-        else:
-            out = model(*_sequence(batch)[:-1])
-        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        out = run(model, batch)
+        logits = logits_of(out)
         return out if logits is None else logits
 
     def targets(self, batch: Any) -> Any:
@@ -49,6 +46,13 @@ class Loss:
                 )
             return batch["labels"]
         return _sequence(batch)[-1]
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return what is likely wrong about a batch that can be computed, as a warning tells it.
+
+        Asked of every batch as the loader gives it, until one is answered by more than None.
+        """
+        return None
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the loss of each example, shape ``(B,)``, or ``(losses, mask)``."""
@@ -123,12 +127,49 @@ class CallableLoss(Loss):
         return outputs  # type: ignore[no-any-return]
 
 
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model is called with on a batch, by the rule of `Loss.outputs`."""
+    if isinstance(batch, Mapping):
+        return (), {key: value for key, value in batch.items() if key != "labels"}
+    return tuple(_sequence(batch)[:-1]), {}
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Return what the model returns for the inputs of a batch."""
+    _refuse_missing_decoder_inputs(model, batch)
+    args, kwargs = arguments_of(batch)
+    return model(*args, **kwargs)
+
+
+def _refuse_missing_decoder_inputs(model: nn.Module, batch: Any) -> None:
+    """Refuse labels that a decoder would not be given: it would run on other tokens, or not run."""
+    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not two_sided or not isinstance(batch, Mapping):
+        return
+    labels = batch.get("labels")
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys()
+    taken = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in taken and not given and getattr(labels, "ndim", 0) == 2:
+        raise IFVPUsageError(
+            "the batch has labels and no decoder_input_ids, which the model makes of labels, and "
+            "labels are kept from it; add batch['decoder_input_ids'] = "
+            "model.prepare_decoder_input_ids_from_labels(labels=batch['labels'])."
+        )
+
+
+def logits_of(out: Any) -> Any:
+    """Return the ``logits`` of an output object or mapping, None where it has none."""
+    return out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+
+
 def described(value: Any) -> str:
     """Return how a message tells what outputs or targets are."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {', '.join(map(described, value)) or 'nothing'}"
+        told = ", ".join(described(item) for item in value[:3]) or "nothing"
+        more = f" and {len(value) - 3} more" if len(value) > 3 else ""
+        return f"a {type(value).__name__} of {told}{more}"
     return type(value).__name__
 
 

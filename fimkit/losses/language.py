@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import described
+from fimkit.losses.base import Loss, described
 from fimkit.losses.likelihoods import CrossEntropy
+from fimkit.losses.tokens import counts_padding, is_mask
 
 __all__ = ["CausalLanguageModel"]
 
@@ -25,19 +26,16 @@ class CausalLanguageModel(CrossEntropy):
 
     name = "loss='causal_lm'"
 
-    def __init__(self) -> None:
-        super().__init__(classes_last=False)
-
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the logits of all positions but the last, which no token follows."""
-        logits = super().outputs(model, batch)
+        """Return the logits ``(B, V, T-1)`` of the positions that a token follows."""
+        logits = Loss.outputs(self, model, batch)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise IFVPUsageError(
                 f"{self.name} needs the logits of every position, (B, T, V), as the model's output "
                 f"or its .logits; got {described(logits)}. For one label per sequence use "
                 "loss='cross_entropy'; for other outputs pass a callable loss(model, batch)."
             )
-        return logits[:, :-1]
+        return logits[:, :-1].movedim(-1, 1)
 
     def targets(self, batch: Any) -> Tensor:
         """Return the labels of all positions but the first, which follows no token."""
@@ -47,6 +45,12 @@ class CausalLanguageModel(CrossEntropy):
                 "add the token ids as labels, with -100 where a token does not count: "
                 "batch['labels'] = input_ids.masked_fill(attention_mask == 0, -100)."
             )
+        if is_mask(batch):
+            raise IFVPUsageError(
+                f"{self.name} got labels of only 0 and 1 beside other tokens: an attention mask, "
+                "it seems. Give a mapping with input_ids, attention_mask and labels, the token ids "
+                "with -100 where one does not count, or (input_ids, labels)."
+            )
         targets = super().targets(batch)
         if not isinstance(targets, Tensor) or targets.ndim != 2:
             raise IFVPUsageError(
@@ -55,13 +59,22 @@ class CausalLanguageModel(CrossEntropy):
             )
         return targets[:, 1:]
 
+    def doubt(self, batch: Any) -> str | None:
+        """Return that padding counts, which the model was not to see."""
+        if not counts_padding(batch):
+            return None
+        return (
+            f"{self.name}: labels of padding count as tokens, being the input_ids where "
+            "attention_mask is 0; set them to -100: "
+            "batch['labels'] = input_ids.masked_fill(attention_mask == 0, -100)."
+        )
+
     def _aligned(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return logits with classes along dimension 1, and targets checked against them."""
-        if outputs.shape[:2] != targets.shape:
-            b, t = outputs.shape[:2]
-            n, u = targets.shape
+        (b, _, t), (n, u) = outputs.shape, targets.shape
+        if (b, t) != (n, u):
             raise IFVPUsageError(
                 f"{self.name} got logits of {t + 1} positions of {b} sequences, and labels of "
                 f"shape {(n, u + 1)}; expected a label for each position."
             )
-        return super()._aligned(outputs.movedim(-1, 1), targets)
+        return super()._aligned(outputs, targets)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scipy.stats import poisson
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import Loss, Uniforms, described
+from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
+from fimkit.losses.tokens import unshifted
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -19,29 +20,64 @@ __all__ = [
     "GaussianNLL",
     "PoissonNLL",
     "SquaredError",
+    "check_probabilities",
     "mean_and_variance",
+    "shaped_as",
 ]
 
 
 class CrossEntropy(Loss):
     """Softmax cross-entropy, summed over the targets of an example that count.
 
-    Classes are along dimension 1, as PyTorch has them, or along the last, as language models
-    have them.
+    Logits are ``(B, C, ...)`` and targets ``(B, ...)``, as PyTorch has them. Where a model gives
+    classes last, `outputs` moves them.
 
     Parameters
     ----------
     ignore_index : int, default=-100
         Targets of this value do not count.
-    classes_last : bool, default=True
-        Whether classes may also be along the last dimension.
     """
 
     name = "loss='cross_entropy'"
 
-    def __init__(self, ignore_index: int = -100, *, classes_last: bool = True) -> None:
+    def __init__(self, ignore_index: int = -100) -> None:
         self.ignore_index = ignore_index
-        self._classes_last = classes_last
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model and return its logits, classes along dimension 1.
+
+        An output object's ``logits`` of three dimensions have them along the last, as those of
+        Hugging Face's models; else the shape of the targets tells.
+        """
+        out = run(model, batch)
+        logits, targets = logits_of(out), self.targets(batch)
+        named = logits is not None
+        logits = logits if named else out
+        if not isinstance(logits, Tensor) or not isinstance(targets, Tensor) or logits.ndim < 3:
+            return logits
+        last = logits.shape[:-1] == targets.shape
+        if named and logits.ndim == 3:
+            if not last:
+                raise IFVPUsageError(
+                    f"{self.name} got .logits of shape {tuple(logits.shape)}, which have the "
+                    f"classes last, and targets of shape {tuple(targets.shape)}; expected "
+                    f"{tuple(logits.shape[:-1])}, a target for each position. Let a model that has "
+                    "its classes along dimension 1 return the tensor itself."
+                )
+        elif last and _has_classes_second(logits, targets):
+            raise IFVPUsageError(
+                f"{self.name} cannot tell which dimension of outputs of shape "
+                f"{tuple(logits.shape)} holds the classes for targets of shape "
+                f"{tuple(targets.shape)}. If it is dimension 1, pass "
+                "loss=torch.nn.CrossEntropyLoss(reduction='sum'). If it is the last, let the model "
+                "return out.movedim(-1, 1) and pass that loss, or return an object with .logits "
+                "(B, T, C)."
+            )
+        return logits.movedim(-1, 1) if last else logits
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return that labels are the tokens themselves, which are compared unshifted."""
+        return unshifted(batch, self.name, self.ignore_index)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the sum of each example's token losses, shape ``(B,)``."""
@@ -55,6 +91,7 @@ class CrossEntropy(Loss):
                 f"{self.name} got targets from {targets.min()} to {targets.max()} for outputs of "
                 f"{logits.shape[1]} classes; expected 0 to {logits.shape[1] - 1}, or "
                 f"{self.ignore_index} where a target does not count."
+                + (" For one logit of two classes use loss='bce'." if logits.shape[1] == 1 else "")
             ) from error
         return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
@@ -116,22 +153,13 @@ class CrossEntropy(Loss):
                 ".long(), pass loss=torch.nn.CrossEntropyLoss() and fisher='empirical' for class "
                 "probabilities, or use loss='mse' or loss='bce' for real-valued targets."
             )
-        shape = tuple(targets.shape)
-        second = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == shape
-        last = self._classes_last and logits.ndim > 2 and tuple(logits.shape[:-1]) == shape
-        if second and last:
-            raise IFVPUsageError(
-                f"{self.name} cannot tell which dimension of outputs of shape "
-                f"{tuple(logits.shape)} holds the classes for targets of shape {shape}; pass "
-                "loss=torch.nn.CrossEntropyLoss(reduction='sum') for dimension 1, or a callable "
-                "loss(model, batch)."
-            )
-        if not second and not last:
+        if not _has_classes_second(logits, targets):
             raise IFVPUsageError(
                 f"{self.name} got outputs of shape {tuple(logits.shape)} and targets of shape "
-                f"{shape}; expected outputs (B, C, ...) or (B, ..., C) for targets (B, ...)."
+                f"{tuple(targets.shape)}; expected outputs (B, C, ...) or (B, ..., C) for targets "
+                f"(B, ...).{_reshaping(logits, targets)}"
             )
-        return (logits.movedim(-1, 1) if last else logits), targets.long()
+        return logits, targets.long()
 
 
 class _Elementwise(Loss):
@@ -191,6 +219,12 @@ class BinaryCrossEntropy(_Elementwise):
     """Sigmoid cross-entropy on logits, summed over an example's outputs."""
 
     name = "loss='bce'"
+
+    def targets(self, batch: Any) -> Any:
+        """Return the targets of a batch; refuse what is no probability."""
+        targets = super().targets(batch)
+        check_probabilities(targets, self.name)
+        return targets
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
@@ -342,17 +376,40 @@ def _matched(outputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
     outputs = _floating_output(outputs, name)
     if not isinstance(targets, Tensor):
         raise IFVPUsageError(f"{name} needs tensor targets; got {type(targets).__name__}.")
-    if outputs.shape != targets.shape:
-        if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
-            raise IFVPUsageError(
-                f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare "
-                "every output with every target)."
-            )
-        targets = targets.reshape(outputs.shape)
+    targets = shaped_as(outputs, targets, name)
     if outputs.ndim == 1:
         outputs, targets = outputs[:, None], targets[:, None]
     return outputs, targets.to(outputs.dtype)
+
+
+def shaped_as(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+    """Return targets in the shape of the outputs, from which a last 1 may be missing or more.
+
+    Raises
+    ------
+    IFVPUsageError
+        If the shapes differ otherwise, naming the loss ``name``.
+    """
+    if _without_last_one(outputs.shape) != _without_last_one(targets.shape):
+        raise IFVPUsageError(
+            f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare every "
+            "output with every target)."
+        )
+    return targets.reshape(outputs.shape)
+
+
+def check_probabilities(targets: Any, name: str) -> None:
+    """Raise if targets of a binary cross-entropy are not from 0 to 1, naming the loss ``name``."""
+    if not isinstance(targets, Tensor):
+        return
+    rounding = 4 * torch.finfo(targets.dtype).eps if targets.is_floating_point() else 0
+    if bool(((targets < -rounding) | (targets > 1 + rounding)).any()):
+        raise IFVPUsageError(
+            f"{name} needs targets from 0 to 1; got {targets.min()} to {targets.max()}. Turn "
+            "classes of -1 and 1 into (y + 1) / 2, and give more than two classes to "
+            "loss='cross_entropy'."
+        )
 
 
 def _without_last_one(shape: torch.Size) -> torch.Size:
@@ -365,6 +422,19 @@ def _zero_at_mode(name: str) -> IFVPUsageError:
         f"fisher='predicted' is zero for {name}: a regression's gradient vanishes at its own "
         "prediction. Use fisher='mc' or fisher='exact'."
     )
+
+
+def _reshaping(logits: Tensor, targets: Tensor) -> str:
+    """Return how targets that are classes in another form become classes, where that is seen."""
+    if targets.ndim > 1 and targets.shape[1] == 1 and _has_classes_second(logits, targets[:, 0]):
+        return " Make the targets (B, ...) by .squeeze(1)."
+    if targets.shape == logits.shape and targets.ndim > 1:
+        return " Make classes of one-hot targets by .argmax(1)."
+    return ""
+
+
+def _has_classes_second(logits: Tensor, targets: Tensor) -> bool:
+    return logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == tuple(targets.shape)
 
 
 def _floating_output(outputs: Any, name: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import CallableLoss, Loss
+from fimkit.losses.base import CallableLoss, Loss, described
 
 __all__ = ["measured"]
 
@@ -66,11 +66,18 @@ class _Measured(Loss):
 
 def _measured_by(function: Callable[[nn.Module, Any], Any]) -> Loss:
     """Return the negative of what a function measures."""
+    name = f"measurement={getattr(function, '__name__', type(function).__name__)}"
 
-    def negative(model: nn.Module, batch: Any) -> Any:
+    def negative(model: nn.Module, batch: Any) -> Tensor:
         values = function(model, batch)
-        return -values if isinstance(values, Tensor) else values
+        # Of anything else, such as a pair with a mask, the sign would stay as it is.
+        if not isinstance(values, Tensor) or values.ndim != 1 or not values.is_floating_point():
+            raise IFVPUsageError(
+                f"{name} returned {described(values)}; expected one number per example, a "
+                "floating-point tensor of shape (B,)."
+            )
+        return -values
 
     loss = CallableLoss(negative)
-    loss.name = f"measurement={getattr(function, '__name__', type(function).__name__)}"
+    loss.name = name
     return loss

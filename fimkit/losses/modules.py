@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.base import Loss, Uniforms, described
+from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
 from fimkit.losses.likelihoods import (
     BinaryCrossEntropy,
     CrossEntropy,
     GaussianNLL,
     PoissonNLL,
     SquaredError,
+    check_probabilities,
     mean_and_variance,
+    shaped_as,
 )
+from fimkit.losses.tokens import unshifted
 
 __all__ = ["ModuleLoss"]
 
@@ -46,7 +49,7 @@ class ModuleLoss(Loss):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._module: Any = module
         self.name = f"loss={type(module).__name__}()"
         self._is_gaussian = isinstance(module, nn.GaussianNLLLoss)
         #: Whether vmap takes the module; None until it was tried.
@@ -60,10 +63,29 @@ class ModuleLoss(Loss):
                 "callable loss(model, batch) that calls it and returns (B,) losses."
             ) from None
 
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model; refuse classes that are where the module does not look for them."""
+        out = run(model, batch)
+        logits = logits_of(out)
+        if type(self._module) in _IGNORING and isinstance(logits, Tensor) and logits.ndim == 3:
+            raise IFVPUsageError(
+                f"{self.name} takes classes along dimension 1, and .logits of shape "
+                f"{tuple(logits.shape)} have them last, as those of Hugging Face's models; use "
+                "loss='causal_lm' for the next token of each, loss='cross_entropy' for a label of "
+                "each token, or a callable loss(model, batch). Let a model that has its classes "
+                "along dimension 1 return the tensor itself."
+            )
+        return out if logits is None else logits
+
     def targets(self, batch: Any) -> Any:
-        """Return the targets of a batch; refuse an example whose mean would be of nothing."""
+        """Return the targets of a batch; refuse what has no loss, or no likelihood.
+
+        That is an example whose mean would be of nothing, and a binary target beyond 0 and 1.
+        """
         targets = super().targets(batch)
-        module: Any = self._module
+        if type(self._module) in _BINARY:
+            check_probabilities(targets, self.name)
+        module = self._module
         averages = type(module) in _IGNORING and module.reduction == "mean"
         if averages and isinstance(targets, Tensor) and not targets.dtype.is_floating_point:
             ignored = module.ignore_index
@@ -78,6 +100,12 @@ class ModuleLoss(Loss):
                     "or leave it out of the data."
                 )
         return targets
+
+    def doubt(self, batch: Any) -> str | None:
+        """Return that labels are the tokens themselves, which are compared unshifted."""
+        if type(self._module) not in _IGNORING:
+            return None
+        return unshifted(batch, self.name, self._module.ignore_index)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the module's value on each example alone, shape ``(B,)``."""
@@ -134,8 +162,10 @@ class ModuleLoss(Loss):
                 f"{self.name} got outputs and targets of different numbers of examples: "
                 f"{_told(*arguments)}."
             )
+        if type(self._module) in _ELEMENTWISE:
+            arguments = (arguments[0], shaped_as(arguments[0], targets, self.name), *arguments[2:])
         if isinstance(self._module, _CLASSIFIERS) and not targets.dtype.is_floating_point:
-            arguments = (outputs, targets.long())  # the modules take no other integers
+            arguments = (outputs, arguments[1].long())  # the modules take no other integers
         return arguments
 
     def _vectorized(self, *arguments: Tensor) -> Tensor:
@@ -214,11 +244,25 @@ def _told(outputs: Any, targets: Any, *variances: Any) -> str:
 
 
 _IGNORING = (nn.CrossEntropyLoss, nn.NLLLoss)
+_BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+_ELEMENTWISE = (
+    *_BINARY,
+    nn.GaussianNLLLoss,
+    nn.HingeEmbeddingLoss,
+    nn.HuberLoss,
+    nn.KLDivLoss,
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.MultiLabelMarginLoss,
+    nn.PoissonNLLLoss,
+    nn.SmoothL1Loss,
+    nn.SoftMarginLoss,
+)
 _CLASSIFIERS = (*_IGNORING, nn.MultiLabelMarginLoss, nn.MultiMarginLoss)
 
 _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Loss]] = {
     nn.BCEWithLogitsLoss: lambda module: BinaryCrossEntropy(),
-    nn.CrossEntropyLoss: lambda module: CrossEntropy(module.ignore_index, classes_last=False),
+    nn.CrossEntropyLoss: lambda module: CrossEntropy(module.ignore_index),
     nn.GaussianNLLLoss: lambda module: GaussianNLL(module.eps),
     nn.MSELoss: _squared,
     nn.PoissonNLLLoss: lambda module: PoissonNLL(module.log_input, module.eps),

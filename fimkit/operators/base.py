@@ -41,15 +41,15 @@ class Operator(ABC):
         """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
 
     @abstractmethod
-    def solve(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+    def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
 
     def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
         out = torch.empty(rows.shape, dtype=dtype, device=self.device)
         start = 0
         for part in rows.dense_parts(dtype):
-            out[start : start + len(part)] = self.solve(part, damping)
+            self.solve(part, damping, out[start : start + len(part)])
             start += len(part)
         return out
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fimkit.exceptions import SingularFisherError
+from fimkit.exceptions import IFVPUsageError, SingularFisherError
 from fimkit.operators.base import Operator
 from fimkit.operators.row_matrix import Columns, RowMatrix
 from fimkit.operators.spectrum import Spectrum
 
 __all__ = ["BlockDiagonalOperator"]
 
+T = TypeVar("T")
+
+Damping = float | Sequence[float] | Mapping[str, float]
+
 
 class BlockDiagonalOperator(Operator):
     """Independent operators on disjoint columns that together cover all parameters.
 
-    ``damping`` may be one number, or one per block in order.
+    ``damping`` may be one number, one per block in order, or a mapping from their names.
 
     Parameters
     ----------
@@ -32,62 +37,60 @@ class BlockDiagonalOperator(Operator):
         self.size = sum(columns.size for columns, _ in blocks.values())
         self.device = next(iter(blocks.values()))[1].device
 
-    def matmul(self, vectors: Tensor, damping: float | Sequence[float] = 0.0) -> Tensor:
+    def matmul(self, vectors: Tensor, damping: Damping = 0.0) -> Tensor:
         """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
         out = torch.empty_like(vectors)
-        for _, (columns, operator), value in self._named(damping):
-            columns.put(out, operator.matmul(columns.take(vectors), value))
+        products = self._each(damping, lambda c, block, value: block.matmul(c.take(vectors), value))
+        for columns, values in products:
+            columns.put(out, values)
         return out
 
-    def solve(self, vectors: Tensor, damping: float | Sequence[float]) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
-        out = torch.empty_like(vectors)
-        for name, (columns, operator), value in self._named(damping):
-            with _naming(name):
-                columns.put(out, operator.solve(columns.take(vectors), value))
-        return out
+    def solve(self, vectors: Tensor, damping: Damping, out: Tensor | None = None) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
+        found = torch.empty_like(vectors) if out is None else out
+        solved = self._each(
+            damping,
+            lambda c, block, value: block.solve(
+                c.take(vectors), value, c.take(found) if c.contiguous else None
+            ),
+        )
+        for columns, values in solved:
+            if not columns.contiguous:
+                columns.put(found, values)
+        return found
 
-    def solve_rows(
-        self, rows: RowMatrix, damping: float | Sequence[float], dtype: torch.dtype
-    ) -> Tensor:
+    def solve_rows(self, rows: RowMatrix, damping: Damping, dtype: torch.dtype) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
         out = torch.empty(rows.shape, dtype=dtype, device=self.device)
-        for name, (columns, operator), value in self._named(damping):
-            with _naming(name):
-                columns.put(out, operator.solve_rows(rows.block(columns), value, dtype))
+        solved = self._each(
+            damping, lambda c, block, value: block.solve_rows(rows.block(c), value, dtype)
+        )
+        for columns, values in solved:
+            columns.put(out, values)
         return out
 
-    def inverse_quadratic(
-        self, vectors: Tensor | RowMatrix, damping: float | Sequence[float]
-    ) -> Tensor:
+    def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: Damping) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
-        parts = []
-        for name, (columns, operator), value in self._named(damping):
-            with _naming(name):
-                parts.append(operator.inverse_quadratic(_within(columns, vectors), value))
-        return torch.stack(parts).sum(0)
+        parts = self._each(
+            damping, lambda c, block, value: block.inverse_quadratic(_within(c, vectors), value)
+        )
+        return torch.stack([values for _, values in parts]).sum(0)
 
-    def diagonal(self, damping: float | Sequence[float] = 0.0) -> Tensor:
+    def diagonal(self, damping: Damping = 0.0) -> Tensor:
         """Return the diagonal of ``F + damping I``, shape ``(p,)``."""
-        parts = [
-            (columns, block.diagonal(value)) for _, (columns, block), value in self._named(damping)
-        ]
+        parts = list(self._each(damping, lambda _, block, value: block.diagonal(value)))
         out = parts[0][1].new_empty(self.size)
         for columns, values in parts:
             columns.put(out[None], values[None])
         return out
 
-    def trace(self, damping: float | Sequence[float] = 0.0) -> float:
+    def trace(self, damping: Damping = 0.0) -> float:
         """Return the trace of ``F + damping I``."""
-        return sum(operator.trace(value) for _, (_, operator), value in self._named(damping))
+        return sum(t for _, t in self._each(damping, lambda _, block, value: block.trace(value)))
 
-    def logdet(self, damping: float | Sequence[float]) -> float:
+    def logdet(self, damping: Damping) -> float:
         """Return ``log det(F + damping I)``."""
-        total = 0.0
-        for name, (_, operator), value in self._named(damping):
-            with _naming(name):
-                total += operator.logdet(value)
-        return total
+        return sum(t for _, t in self._each(damping, lambda _, block, value: block.logdet(value)))
 
     def spectrum(self) -> Spectrum:
         """Return what gives inverse quadratic forms and log determinants at many dampings."""
@@ -95,11 +98,9 @@ class BlockDiagonalOperator(Operator):
             {name: (columns, block.spectrum()) for name, (columns, block) in self.blocks.items()}
         )
 
-    def to_dense(self, damping: float | Sequence[float] = 0.0) -> Tensor:
+    def to_dense(self, damping: Damping = 0.0) -> Tensor:
         """Return ``F + damping I`` as a ``(p, p)`` tensor."""
-        parts = [
-            (columns, block.to_dense(value)) for _, (columns, block), value in self._named(damping)
-        ]
+        parts = list(self._each(damping, lambda _, block, value: block.to_dense(value)))
         out = parts[0][1].new_zeros((self.size, self.size))
         for columns, matrix in parts:
             indices = torch.cat(
@@ -108,12 +109,28 @@ class BlockDiagonalOperator(Operator):
             out[indices[:, None], indices] = matrix
         return out
 
-    def _named(
-        self, damping: float | Sequence[float]
-    ) -> Iterator[tuple[str, tuple[Columns, Operator], float]]:
-        """Return names, blocks and dampings."""
-        values = [damping] * len(self.blocks) if isinstance(damping, int | float) else damping
-        return zip(self.blocks, self.blocks.values(), values, strict=True)
+    def _each(
+        self, damping: Damping, function: Callable[[Columns, Operator, float], T]
+    ) -> Iterator[tuple[Columns, T]]:
+        """Yield every block's columns and what a function makes of them, its operator and its λ."""
+        values = self._dampings(damping)
+        for (name, (columns, operator)), value in zip(self.blocks.items(), values, strict=True):
+            with _naming(name):
+                found = function(columns, operator, value)
+            yield columns, found
+
+    def _dampings(self, damping: Damping) -> list[float]:
+        """Return one λ per block, or raise what was given instead."""
+        if isinstance(damping, int | float):
+            return [damping] * len(self.blocks)
+        if isinstance(damping, Mapping) and set(damping) == set(self.blocks):
+            return [damping[name] for name in self.blocks]
+        if isinstance(damping, Sequence) and len(damping) == len(self.blocks):
+            return list(damping)
+        raise IFVPUsageError(
+            f"damping={damping!r}; expected one number, or one for each of the {len(self.blocks)} "
+            f"blocks, in order or by name: {', '.join(self.blocks)}."
+        )
 
 
 class _BlockSpectrum(Spectrum):

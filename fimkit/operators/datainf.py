@@ -46,6 +46,9 @@ __all__ = ["DataInfOperator"]
 # What has to be left of a vector, times λ, for float32: then its result errs by 2·10⁻⁶ at most.
 _LEFT = 0.25
 
+# How many roundings of a vector its result must exceed, so that five digits of it are right.
+_ROUNDINGS = 1e5
+
 
 class DataInfOperator(Operator):
     r"""``M = (1/n) Σ (λI + F_i)⁻¹`` over the rows of a `RowMatrix`, λ being the damping.
@@ -119,21 +122,31 @@ class DataInfOperator(Operator):
                 target[part, place] = values.add_(given[part, place]).mul_(damping)
         return out
 
-    def solve(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``M v`` for each of ``(k, p)`` vectors."""
-        wide = self._norms.dtype
+    def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``M v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
         if not self._is_narrow(vectors):
-            return self._solve(vectors, damping, wide)
-        out = self._solve(vectors, damping, torch.float32)
+            return self._solve_wide(vectors, damping, out)
+        out = self._solve(vectors, damping, torch.float32, out)
         spoiled = self._spoiled(vectors, out, damping)
         if bool(spoiled.any()):
-            out[spoiled] = self._solve(vectors[spoiled], damping, wide)
+            out[spoiled] = self._solve_wide(vectors[spoiled], damping)
         return out
 
-    def _solve(self, vectors: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    def _solve_wide(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``M v`` by products in float64, or raise if nothing is left of a vector."""
+        out = self._solve(vectors, damping, self._norms.dtype, out)
+        given, left = (
+            torch.linalg.vector_norm(x, dim=1, dtype=self._norms.dtype) for x in (vectors, out)
+        )
+        self._refuse_rounding(given, left, damping)
+        return out
+
+    def _solve(
+        self, vectors: Tensor, damping: float, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
         """Return ``M v`` for each of ``(k, p)`` vectors, by products in ``dtype``."""
         shrinkage = self._shrinkage(damping)
-        out = vectors / damping  # which columns without rows keep
+        out = torch.div(vectors, damping, out=out)  # which columns without rows keep
         for some in self._vector_chunks(vectors.shape[0]):
             target, given = out[some], vectors[some]
             coefficients = (self._project(given, dtype) * shrinkage).to(dtype)
@@ -188,7 +201,10 @@ class DataInfOperator(Operator):
         self, vectors: Tensor | RowMatrix, products: Tensor, dampings: Sequence[float]
     ) -> Tensor:
         norms, squares = squared_norms(vectors, products.dtype), products.square()
-        return torch.stack([(norms - squares @ self._shrinkage(d)) / d for d in dampings])
+        out = torch.stack([(norms - squares @ self._shrinkage(d)) / d for d in dampings])
+        for values, damping in zip(out, dampings, strict=True):
+            self._refuse_rounding(norms, values, damping)
+        return out
 
     def diagonal(self, damping: float = 0.0) -> Tensor:
         """Return the diagonal of ``M⁻¹``, shape ``(p,)``."""
@@ -288,6 +304,14 @@ class DataInfOperator(Operator):
     def _check(self, damping: float) -> None:
         if damping <= torch.finfo(self._norms.dtype).eps * self._largest or not damping > 0:
             raise singular(damping, "each example's F_i has no inverse without damping")
+
+    def _refuse_rounding(self, given: Tensor, left: Tensor, damping: float) -> None:
+        """Raise if what ``I - UᵀU`` leaves, ``left`` times λ, is little but rounding."""
+        least = _ROUNDINGS * torch.finfo(given.dtype).eps
+        if bool((left * damping < least * given).any()):
+            raise singular(
+                damping, "of a vector along gradients far longer, less than five digits are right"
+            )
 
 
 class _DataInfSpectrum(Spectrum):

@@ -36,11 +36,12 @@ class DenseOperator(Operator):
         wide = vectors.to(self.matrix.dtype)
         return torch.addmm(wide, wide, self.matrix, beta=damping).to(vectors.dtype)
 
-    def solve(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+    def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
         self._check(damping)
         columns = vectors.to(self.matrix.dtype).T
-        return self._cholesky.solve(columns, damping).T.to(vectors.dtype)
+        solved = self._cholesky.solve(columns, damping).T
+        return solved.to(vectors.dtype) if out is None else out.copy_(solved)
 
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""

@@ -65,10 +65,10 @@ class GramOperator(Operator):
             out[some, columns] = values.add_(vectors[some, columns], alpha=damping)
         return out
 
-    def solve(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+    def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
         coefficients = self._coefficients(vectors, damping)
-        out = vectors / damping
+        out = torch.div(vectors, damping, out=out)
         for some, columns, values in self.rows.combine(coefficients):
             torch.sub(vectors[some, columns], values, out=values)
             out[some, columns] = values.div_(damping)

@@ -66,10 +66,10 @@ class EigenKroneckerOperator(Operator):
         """Return ``(F + damping I) v`` for each of ``(k, p)`` vectors."""
         return self._scaled(vectors, self.eigenvalues + damping)
 
-    def solve(self, vectors: Tensor, damping: float) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors."""
+    def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
+        """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
         self._check(damping)
-        return self._scaled(vectors, 1 / (self.eigenvalues + damping))
+        return self._scaled(vectors, 1 / (self.eigenvalues + damping), out)
 
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
@@ -103,8 +103,8 @@ class EigenKroneckerOperator(Operator):
         eye = torch.eye(self.size, dtype=self.eigenvalues.dtype, device=self.device)
         return self.matmul(eye, damping)
 
-    def _scaled(self, vectors: Tensor, scale: Tensor) -> Tensor:
-        out = torch.empty_like(vectors)
+    def _scaled(self, vectors: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(vectors) if out is None else out
         each = 4 * self.size * self.eigenvalues.element_size()
         for some in chunks(vectors.shape[0], each, budget=working_set(self.device)):
             rotated = self._rotate(vectors[some]).mul_(scale)

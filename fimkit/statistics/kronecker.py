@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -56,13 +56,22 @@ class LayerStatistics(ABC):
         The layer's matrices.
     like : Tensor
         Dtype and device of the statistics.
+
+    Attributes
+    ----------
+    mask_met : bool
+        Whether a mask was read: it had as many positions as a call of the layer, of several.
     """
+
+    #: Whether the layer's sides are of positions, among which a mask selects.
+    has_positions: ClassVar[bool] = True
 
     output: Side
     input: Side
 
     def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
         self.layout = layout
+        self.mask_met = False
         self._eigenvalues = like.new_zeros((layout.groups, layout.out, layout.columns))
         self._output_basis: Tensor | None = None
         self._input_basis: Tensor | None = None
@@ -178,6 +187,7 @@ class LinearStatistics(LayerStatistics):
         a, s = rows.inputs, rows.signals
         count: Tensor | int = a.shape[0] * a.shape[1]
         if mask is not None and mask.shape[1] == a.shape[1]:
+            self.mask_met = self.mask_met or mask.shape[1] > 1
             kept = mask.to(a)
             a = a * kept[:, :, None, None]
             s = s * kept[:, None, :, None, None]
@@ -292,6 +302,7 @@ class LookupStatistics(LayerStatistics):
             s, indices = rows.signals, rows.indices
             kept = torch.ones_like(indices, dtype=s.dtype)
             if mask is not None and mask.shape == indices.shape:
+                self.mask_met = self.mask_met or mask.shape[1] > 1
                 kept = mask.to(s)
                 s = s * kept[:, None, :, None]
             if weights is not None:
@@ -330,6 +341,8 @@ class TiedStatistics(LayerStatistics):
     The input side is the mean of ``G_iᵀ G_i`` over both uses together, the vocabulary's the
     diagonal of the mean of ``G_i G_iᵀ``.
     """
+
+    has_positions = False
 
     def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
         super().__init__(layout, like)

@@ -30,9 +30,16 @@ class Gathered:
         self._held: list[tuple[Tensor, ...]] = []
 
     def add(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-        """Hold tensors with examples along their first dimension; all held once they are enough."""
+        """Hold tensors with examples along their first dimension; return what is to be added up.
+
+        That is all that is held, once it is enough, or where it cannot be joined with the tensors:
+        rows per example may be others in every batch.
+        """
+        ready = None if self._held and _shapes(self._held[0]) == _shapes(tensors) else self.take()
         self._held.append(tensors)
-        return self.take() if sum(len(first) for first, *_ in self._held) >= _ENOUGH else None
+        if ready is None and sum(len(first) for first, *_ in self._held) >= _ENOUGH:
+            ready = self.take()
+        return ready
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is held."""
@@ -131,6 +138,10 @@ class Side:
         self._add_few(self._few.take())
         mean = self._sum.div_(self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n)
         return mean if self.diagonal else mean.triu_().add_(mean.triu(1).mT)
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in tensors]
 
 
 def rotate(vectors: Tensor, basis: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
@@ -49,10 +49,13 @@ class RowFolder:
     """
 
     def __init__(self, parent: str | os.PathLike[str]) -> None:
+        if not os.fspath(parent):
+            raise IFVPUsageError("storage is empty; give a folder, or 'memory'.")
+        parent = Path(parent).expanduser()
         try:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-            with _guarded(Path(parent)):
-                _remove_leftovers(Path(parent))
+            parent.mkdir(parents=True, exist_ok=True)
+            with _guarded(parent):
+                _remove_leftovers(parent)
                 self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).absolute()
                 lock = (self.path / _LOCK).open("w")
                 _lock(lock, wait=False)
@@ -223,15 +226,26 @@ def _remove_leftovers(parent: Path) -> None:
         try:
             with (path / _LOCK).open("r+") as file:
                 _lock(file, wait=False)
-        except FileNotFoundError:  # a crash came before the lock, or during the removal
-            pass
+        except FileNotFoundError:  # a crash came before the lock, or it is no folder of a fit
+            with suppress(OSError):
+                path.rmdir()
         except OSError:  # in use, or another user's
             continue
-        shutil.rmtree(path, ignore_errors=True)
+        else:
+            _remove_rows(path)
 
 
 def _remove(path: Path, lock: IO[str], owner: int) -> None:
     """Remove a subfolder, unless this is a process that was forked from its owner."""
     if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_rows(path)
     lock.close()
+
+
+def _remove_rows(path: Path) -> None:
+    """Remove a subfolder, its lock last, which tells what a crash leaves of it from others'."""
+    for file in path.glob("*"):
+        if file.name != _LOCK:
+            with suppress(OSError):
+                file.unlink()
+    shutil.rmtree(path, ignore_errors=True)

@@ -7,6 +7,14 @@ from typing import Any
 
 from fimkit.gradients.rules.attention import ENTERED
 from fimkit.gradients.rules.base import Examples, MatrixUse, ParameterIndex, Use
+from fimkit.gradients.rules.broadcast import (
+    AdditionUse,
+    ExpansionUse,
+    InPlaceMultiplicationUse,
+    MultiplicationUse,
+    RepetitionUse,
+    SubtractionUse,
+)
 from fimkit.gradients.rules.convolution import ConvolutionUse
 from fimkit.gradients.rules.embedding import EmbeddingUse
 from fimkit.gradients.rules.linear import LinearUse
@@ -30,14 +38,20 @@ __all__ = [
 
 _USES: tuple[type[Use], ...] = (
     AddmmUse,
+    AdditionUse,
     BatchNormUse,
     ConvolutionUse,
     EmbeddingUse,
+    ExpansionUse,
     GroupNormUse,
+    InPlaceMultiplicationUse,
     LayerNormUse,
     LinearUse,
     MatmulUse,
+    MultiplicationUse,
     RMSNormUse,
+    RepetitionUse,
+    SubtractionUse,
 )
 
 #: The rule of each function that calls are read of.

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from fimkit.gradients.layout import BatchLayout
 from fimkit.operators import FactoredRows, MatrixLayout
 
-__all__ = ["Examples", "MatrixUse", "ParameterIndex", "Slot", "Use"]
+__all__ = ["Examples", "MatrixUse", "ParameterIndex", "Slot", "Use", "View"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,47 @@ class Slot:
         return out
 
 
+@dataclass(frozen=True)
+class View:
+    """A parameter, or a view of it, as the operand of a call.
+
+    Attributes
+    ----------
+    name : str
+    shape : torch.Size
+        The operand's.
+    whole : torch.Size
+        The parameter's.
+    strides : tuple of int, or None
+        Where the operand's numbers lie among the parameter's; None if it has all, in their order.
+    start : int
+        Where the first is.
+    """
+
+    name: str
+    shape: torch.Size
+    whole: torch.Size
+    strides: tuple[int, ...] | None
+    start: int
+
+    def place(self, values: Tensor) -> Tensor:
+        """Return gradients of the operand, ``(m, c, ...)``, among zeros as the parameter's."""
+        m, c = values.shape[:2]
+        if self.strides is None:
+            return values.reshape(m, c, *self.whole)
+        size = self.whole.numel()
+        out = values.new_zeros(m, c, size)
+        own = out.as_strided((m, c, *self.shape), (c * size, size, *self.strides), self.start)
+        own.copy_(values.reshape(own.shape))
+        return out.view(m, c, *self.whole)
+
+
 class ParameterIndex:
-    """Finds tracked parameters, and row slices of them, among the arguments of a call."""
+    """Finds tracked parameters, parts of them and what was looked up among a call's arguments."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._by_id = {id(parameter): (name, parameter) for name, parameter in parameters.items()}
+        self._lookups: dict[int, tuple[Tensor, int, Use]] = {}
 
     def slot(self, argument: Any) -> Slot | None:
         """Return the slot that an argument is, or None."""
@@ -65,6 +101,47 @@ class ParameterIndex:
         if rest:
             return None
         return Slot(self._by_id[id(base)][0], start, start + argument.shape[0], base.shape[0])
+
+    def view(self, argument: Any) -> View | None:
+        """Return the view of a parameter, of any shape, that an argument is, or None."""
+        if not isinstance(argument, Tensor):
+            return None
+        if id(argument) in self._by_id:
+            name, whole = self._by_id[id(argument)][0], argument.shape
+            return View(name, whole, whole, None, 0)
+        base = argument._base
+        if base is None or id(base) not in self._by_id or not argument.requires_grad:
+            return None
+        if not base.is_contiguous() or _overlaps(argument) or argument.dtype != base.dtype:
+            return None
+        all_of_it = argument.is_contiguous() and argument.numel() == base.numel()
+        strides = None if all_of_it else argument.stride()
+        start = int(argument.storage_offset()) - int(base.storage_offset())
+        return View(self._by_id[id(base)][0], argument.shape, base.shape, strides, start)
+
+    def remember_lookup(self, output: Tensor, use: Use) -> None:
+        """Let what was looked up in a table be found again."""
+        self._lookups[id(output)] = output, output._version, use
+
+    def lookup(self, argument: Tensor) -> Use | None:
+        """Return the lookup whose output an argument is, whole and in its order, or None."""
+        whole = argument if argument._base is None else argument._base
+        output, version, use = self._lookups.get(id(whole), (None, 0, None))
+        if output is None or whole._version != version:
+            return None
+        same = argument.numel() == whole.numel() and argument.shape[-1:] == whole.shape[-1:]
+        return use if argument is whole or (same and argument.is_contiguous()) else None
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several of a tensor's indices may be of the same number in memory."""
+    span = 1
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] != 1):
+        if stride < span:
+            return True
+        span = stride * size
+    return False
 
 
 @dataclass(frozen=True)
@@ -97,6 +174,8 @@ class Use(ABC):
         Leading dimensions of the output, among which the examples are.
     names : tuple of str
         Tracked parameters that the call uses.
+    replaces : Use or None
+        An earlier call that this one stands for as well.
     """
 
     #: Functions whose calls this rule reads.
@@ -107,6 +186,7 @@ class Use(ABC):
     edge: GradientEdge
     lead: tuple[int, ...]
     names: tuple[str, ...]
+    replaces: Use | None = None
 
     @classmethod
     @abstractmethod

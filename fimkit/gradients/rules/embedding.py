@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,20 @@ class EmbeddingUse(Use):
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])
+        self.x = self.x.expand(self.lead)
+
+    def repeated(self, lead: tuple[int, ...]) -> EmbeddingUse:
+        """Return the lookup by each example of what was looked up once for all of them.
+
+        Parameters
+        ----------
+        lead : tuple of int
+            Leading dimensions of the lookup's result as another call is given it.
+        """
+        use = copy(self)
+        use.x = self.x.reshape(lead)
+        use.replaces = self
+        return use
 
     def lookup_rows(self, signals: Tensor, examples: Examples) -> LookupRows:
         """Return the rows of the table's gradients by position, not by table entry."""

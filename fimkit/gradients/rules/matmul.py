@@ -45,12 +45,23 @@ class MatmulUse(_TransposedUse):
     description = "captured (matmul)"
 
     @classmethod
-    def match(cls, index: ParameterIndex, x: Tensor, weight: Tensor, **_: Any) -> MatmulUse | None:
+    def match(
+        cls,
+        index: ParameterIndex,
+        input: Tensor | None = None,
+        other: Tensor | None = None,
+        *,
+        mat2: Tensor | None = None,
+        **_: Any,
+    ) -> MatmulUse | None:
         """Return the use that a call with these arguments is, or None if it uses no parameter."""
+        weight = other if mat2 is None else mat2  # what matmul and mm call it
         slot = index.slot(weight)
-        if slot is None or not slot.whole or weight.ndim != 2 or x.ndim == 0:
+        if input is None or weight is None or slot is None:
             return None
-        return cls(x, weight, (slot, None))
+        if not slot.whole or weight.ndim != 2 or input.ndim == 0:
+            return None
+        return cls(input, weight, (slot, None))
 
 
 class AddmmUse(_TransposedUse):
