@@ -15,15 +15,22 @@ class. Everything is done twice, with other splits, halves and initial values.
 Intervals hold 95% of 2,000 bootstrap means over the test digits. They do not cover the choice of
 data and network.
 
-λ is fixed beforehand, never chosen by the result: "auto", and the best by `RegularizationCV`,
-5-fold cross-validation of the gradients' likelihood (of 25 values from 1e-4 to 1e4 times the mean
-of the Fisher's diagonal); for the convex problem also the penalty itself, which is the Hessian's
-own λ. Scores are of one network, the one trained on all 1,000 digits, for every method.
+λ is fixed beforehand, never chosen by the result:
 
-Peers are given the same model, data and λ, and named as they are. In the place of "auto",
-kronfluence takes its own heuristic, and dattri, which has none, a tenth of the mean of the Fisher's
-diagonal over all parameters; cross-validated λ are those of fimkit's method of the same name. TRAK
-is without λ, as published: log-odds gradients on 512 Gaussian directions.
+- auto: the library's own heuristic. fimkit and kronfluence have the same one, a tenth of the mean
+  of the Fisher's diagonal for each layer (for `Explicit` and fimkit's `Diagonal`, which are not
+  divided, for the whole model), each of its own Fisher. dattri has none.
+- shared: one number for every method of every library and all layers, a tenth of the mean of the
+  empirical Fisher's diagonal over all parameters.
+- CV: the best of fimkit's method by `RegularizationCV`, 5-fold cross-validation of the gradients'
+  likelihood, of 25 values from 1e-4 to 1e4 times the mean of the empirical Fisher's diagonal. Other
+  libraries are given that of fimkit's method of the same name, and of the exact Fisher where theirs
+  is sampled, or the Hessian.
+- penalty: for the convex problem, the penalty itself, which is the Hessian's own λ.
+
+Scores are of one network, the one trained on all 1,000 digits, for every method. Peers are given
+the same model, data and, but for auto, λ, and are named as they are. Everybody computes in float64.
+TRAK is without λ, as published: log-odds gradients on 512 Gaussian directions.
 
 Run from the repository root, with the libraries installed that are to be compared::
 
@@ -67,14 +74,16 @@ METHODS = {
     "EKFAC": (EKFAC, {}),
     "EKFAC, exact Fisher": (EKFAC, {"fisher": "exact"}),
     "KFAC": (KFAC, {}),
+    "KFAC, exact Fisher": (KFAC, {"fisher": "exact"}),
     "DataInf": (DataInf, {}),
     "Diagonal": (Diagonal, {}),
+    "Diagonal, exact Fisher": (Diagonal, {"fisher": "exact"}),
 }
 
 
 @dataclass
 class Problem:
-    """A trained model with the digits it was trained on and those it is asked about, float32."""
+    """A trained model with the digits it was trained on and those it is asked about, float64."""
 
     model: nn.Module
     train: tuple[torch.Tensor, torch.Tensor]
@@ -128,11 +137,11 @@ def leave_one_out(seed):
     for i in chosen:
         kept = torch.arange(TRAIN) != int(i)
         rises.append(losses(regress(bordered[kept], y[kept], TRAIN, full)) - losses(full))
-    model = nn.Sequential(nn.Linear(FEATURES, CLASSES))  # kronfluence wants layers inside a module
+    model = nn.Sequential(nn.Linear(FEATURES, CLASSES)).double()  # kronfluence wants a container
     with torch.no_grad():
         model[0].weight.copy_(full[:, :-1])
         model[0].bias.copy_(full[:, -1])
-    problem = Problem(model, (x.float(), y), (query_x.float(), query_y))
+    problem = Problem(model, (x, y), (query_x, query_y))
     return problem, chosen, torch.stack(rises, 1).numpy()
 
 
@@ -182,8 +191,8 @@ def measure(logits, labels):
 
 def retrain_on_halves(seed, retrainings):
     """Return the problem, the (50, n/2) halves, and what their networks say: (q, 50) each."""
-    (x, y), queries = split_digits(seed)
-    x, query_x = x.float(), queries[0].float()
+    train, queries = split_digits(seed)
+    x, y, query_x = train[0].float(), train[1], queries[0].float()
     rng = np.random.default_rng(seed + 1)
     halves = np.stack([rng.permutation(TRAIN)[: TRAIN // 2] for _ in range(HALVES)])
     model = network()
@@ -196,7 +205,7 @@ def retrain_on_halves(seed, retrainings):
         found = measure(predict(trained, query_x.expand(HALVES, -1, -1)), queries[1])
         for name, values in found.items():
             said[name] = said[name] + values.T.numpy() / retrainings
-    return Problem(model, (x, y), (query_x, queries[1])), halves, said
+    return Problem(model.double(), train, queries), halves, said
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -238,24 +247,22 @@ def trak(problem, measurement):
     of_queries = -gradients(problem, queries, measurement) @ projection
     x, y = problem.train
     with torch.no_grad():
-        p = problem.model(x).softmax(1).gather(1, y[:, None])[:, 0].double()
-    gram = features.T @ features
-    scores = of_queries @ torch.linalg.pinv(gram, hermitian=True) @ features.T * (1 - p)
-    return scores.numpy()
+        p = problem.model(x).softmax(1).gather(1, y[:, None])[:, 0]
+    solved = torch.linalg.solve(features.T @ features, features.T)
+    return (of_queries @ solved * (1 - p)).numpy()
 
 
 def all_scores(problem, measurements, peers, penalty=None):
     """Yield name, column and (q, n) scores of every method, λ and measurement."""
-    from benchmarks.retraining_peers import dattri, kronfluence
-
     train, queries = problem.data()
+    given = {"shared": auto_of_all(train)}
+    if penalty is not None:
+        given["penalty"] = penalty
     chosen = {}
     for name, (method, options) in METHODS.items():
-        # In float64, so that the smallest λ of the search are above rounding.
-        estimator = method(**options, dtype=torch.float64)
-        fitted = estimator.fit(train)
-        chosen[name] = cross_validated(estimator, train)
-        for which, value in lambdas("auto", chosen[name], penalty):
+        fitted = method(**options).fit(train)
+        chosen[name] = {"CV": cross_validated(method(**options), train), **given}
+        for which, value in {"auto": "auto", **chosen[name]}.items():
             fitted.set_params(regularization=value)
             for measurement in measurements:
                 scores = influence.pairwise_scores(fitted, train, queries, measurement=measurement)
@@ -265,24 +272,35 @@ def all_scores(problem, measurements, peers, penalty=None):
             yield name, (measurement, ""), function(problem, measurement)
     for measurement in measurements:
         if "kronfluence" in peers:
-            for which, value in lambdas(None, chosen["EKFAC, exact Fisher"], penalty):
-                scores = kronfluence(problem, measurement, value)
-                yield "kronfluence EKFAC", (measurement, which), scores
-            for which, value in lambdas(None, chosen["EKFAC"], penalty):
-                scores = kronfluence(problem, measurement, value, empirical=True)
-                yield "kronfluence EKFAC, empirical", (measurement, which), scores
+            yield from kronfluence_scores(problem, measurement, chosen)
         if "dattri" in peers:
-            for kind in ("EKFAC", "DataInf"):
-                for which, value in lambdas(auto_of_all(train), chosen[kind], penalty):
-                    scores = dattri(problem, measurement, kind, value)
-                    yield f"dattri {kind}", (measurement, which), scores
-            yield "dattri TRAK", (measurement, ""), dattri(problem, measurement, "TRAK", 0.0)
+            yield from dattri_scores(problem, measurement, chosen)
 
 
-def lambdas(auto, chosen, penalty):
-    """Return the columns' names and λ."""
-    found = [("auto", auto), ("CV", chosen)]
-    return found if penalty is None else [*found, ("penalty", penalty)]
+def kronfluence_scores(problem, measurement, chosen):
+    """Yield as `all_scores` does; for λ None it takes its own heuristic."""
+    from benchmarks.retraining_peers import kronfluence
+
+    for kind in ("EKFAC", "KFAC", "Diagonal"):
+        for fisher, like in (("sampled", f"{kind}, exact Fisher"), ("empirical", kind)):
+            for which, value in {"auto": None, **chosen[like]}.items():
+                scores = kronfluence(problem, measurement, kind, fisher, value)
+                yield f"kronfluence {kind}, {fisher}", (measurement, which), scores
+
+
+def dattri_scores(problem, measurement, chosen):
+    """Yield as `all_scores` does; its Explicit is of the exact Hessian."""
+    from benchmarks.retraining_peers import dattri
+
+    for kind, like in (
+        ("Explicit", "Explicit, exact Fisher"),
+        ("EKFAC", "EKFAC"),
+        ("DataInf", "DataInf"),
+    ):
+        for which, value in chosen[like].items():
+            scores = dattri(problem, measurement, kind, value)
+            yield f"dattri {kind}", (measurement, which), scores
+    yield "dattri TRAK", (measurement, ""), dattri(problem, measurement, "TRAK", 0.0)
 
 
 # -- correlations ----------------------------------------------------------------------------------
@@ -308,18 +326,16 @@ def interval(values):
     return f"{values.mean():6.3f} [{low:6.3f},{high:6.3f}]"
 
 
-def show(title, columns, found):
-    """Print a line per method; a method without λ has one number per measurement."""
+def show(title, measurement, columns, found):
+    """Print a line per method; a method without λ has one number."""
     print(f"\n{title}\n")
-    print(f"{'':30}" + "".join(f"{heading:>24}" for _, heading in columns))
+    print(f"{'':32}" + "".join(f"{'λ: ' + which:>24}" for which in columns))
     for name, cells in found.items():
-        texts = []
-        for (measurement, which), _ in columns:
-            values = cells.get((measurement, which), cells.get((measurement, "")))
-            first = (measurement, which) in cells or which == "auto"
-            shown = first and values is not None
-            texts.append(interval(np.concatenate(values)) if shown else "")
-        print(f"{name:30}" + "".join(f"{text:>24}" for text in texts).rstrip(), flush=True)
+        given = {which: values for (asked, which), values in cells.items() if asked == measurement}
+        if "" in given:
+            given = {columns[0]: given[""]}
+        texts = [interval(np.concatenate(given[c])) if c in given else "" for c in columns]
+        print(f"{name:32}" + "".join(f"{text:>24}" for text in texts).rstrip(), flush=True)
 
 
 def main():
@@ -336,8 +352,8 @@ def main():
     print(f"retrained {LEFT_OUT} times in {time.perf_counter() - begun:.0f} s", flush=True)
     for name, column, scores in all_scores(problem, ["loss"], peers, PENALTY):
         found.setdefault(name, {})[column] = [correlations(scores[:, chosen], rises)]
-    columns = [(("loss", which), f"λ: {which}") for which in ("auto", "CV", "penalty")]
-    show("Leave one out, softmax regression: correlation with the change in loss", columns, found)
+    title = "Leave one out, softmax regression: correlation with the change in loss"
+    show(title, "loss", ("auto", "shared", "CV", "penalty"), found)
 
     found = {}
     for seed in (arguments.seed, arguments.seed + 1):
@@ -355,12 +371,9 @@ def main():
             predicted = np.stack([scores[:, half].sum(1) for half in halves], 1)
             values = rank_correlations(predicted, sign * said[column[0]])
             found.setdefault(name, {}).setdefault(column, []).append(values)
-    columns = [
-        ((measurement, which), f"{measurement}, λ: {which}")
-        for measurement in ("loss", "margin")
-        for which in ("auto", "CV")
-    ]
-    show("Linear datamodeling score, 64-32-10 network", columns, found)
+    for measurement in ("loss", "margin"):
+        title = f"Linear datamodeling score, 64-32-10 network, of the {measurement}"
+        show(title, measurement, ("auto", "shared", "CV"), found)
 
 
 if __name__ == "__main__":

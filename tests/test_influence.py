@@ -328,5 +328,5 @@ def test_a_measurement_of_part_of_the_batch(scored):
     def first_only(model, batch):
         return sum(parameter.sum() for parameter in model.parameters())[None]
 
-    with pytest.raises(IFVPUsageError, match=r"batch 0: 2 examples .* gave 1"):
+    with pytest.raises(IFVPUsageError, match=r"batch 0: .*=first_only .* for 2 examples"):
         pairwise_scores(*scored, measurement=first_only)

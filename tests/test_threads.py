@@ -31,7 +31,7 @@ class Scaled(nn.Module):
         self.last = nn.Linear(4, 3)
 
     def forward(self, x):
-        hidden = self.norm(torch.tanh(self.first(x)) * self.scale)
+        hidden = self.norm(torch.atan2(self.first(x), self.scale))  # a function without a rule
         return self.last(self.dropout(hidden))
 
 
