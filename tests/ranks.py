@@ -190,7 +190,7 @@ def _run(rank, function, size, arguments, folder, timeout):
     except Exception:
         result = traceback.format_exc()
     torch.save(result, Path(folder) / f"{rank}.pt")
-    if function is not one_dies:
+    if function not in (one_dies, one_fails_early):
         dist.destroy_process_group()
 
 
@@ -220,6 +220,30 @@ class Failing:
     def __iter__(self):
         yield from self.batches[:2]
         raise OSError("the disk is gone")
+
+
+class Inner(nn.Module):
+    """A part with buffers, which training in parallel would keep the same on all ranks."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.first = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh())
+            self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+# How examples at some positions are split, by positions among them.
+FOLDS = [
+    lambda held, k=k: tuple(
+        [i for i, position in enumerate(held) if (position % 3 == k) == test]
+        for test in (False, True)
+    )
+    for k in range(3)
+]
 
 
 class Applied(nn.Module):
@@ -325,6 +349,38 @@ def shards_and_faults(rank, size, folder):
         parameter.register_post_accumulate_grad_hook(fired.append)
     found["ddp"] = EKFAC(0.1).fit(wrapped, own).transform(v)
     found["ddp, gradients"] = len(fired), [p.grad for p in wrapped.parameters()]
+
+    # A part of a model that is wrapped, whose buffers are not sent about in each batch.
+    inner = Inner().double().eval()
+    found["inner"] = results(EKFAC(0.1).fit(inner, own), inner, x, y)
+    inner.first = nn.parallel.DistributedDataParallel(inner.first)
+    found["wrapped inside"] = results(EKFAC(0.1).fit(inner, own), inner, x, y)
+    found["wrapped inside, unchanged"] = "forward" not in vars(inner.first)
+    inner.train()
+    nn.functional.cross_entropy(inner(x + rank), y).backward()
+    everyone = [None] * size
+    dist.all_gather_object(everyone, inner.first.module[0].weight.grad.tolist())
+    found["wrapped inside, trains"] = everyone[0] == everyone[1]
+
+    # One regularization for all ranks.
+    grid = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    part = fimkit.ModelData(model, dataset, indices=positions)
+    folds = [split(positions) for split in FOLDS]
+    for method in (EKFAC, Diagonal, lambda: Explicit(solver="primal")):
+        search = fimkit.RegularizationCV(method(), grid, cv=folds).fit(part)
+        found["search", type(search.estimator).__name__] = (
+            search.regularization_,
+            torch.from_numpy(search.cv_results_["mean_test_score"]),
+            search.transform(v),
+        )
+    refusals = {
+        "search, rows": lambda: fimkit.RegularizationCV(DataInf(), grid, cv=folds).fit(part),
+        "search, folds": lambda: fimkit.RegularizationCV(EKFAC(), cv=2 + rank).fit(part),
+        "search, grid": lambda: fimkit.RegularizationCV(EKFAC(), [0.1 + rank]).fit(part),
+        "search, fault": lambda: fimkit.RegularizationCV(EKFAC(), cv=9).fit(part),
+    }
+    for name, search in refusals.items():
+        found[name] = _raised(search)
 
     # Faults of rank 1 alone.
     def fault(data=own, given=model, otherwise="cross_entropy", **parameters):
@@ -474,6 +530,20 @@ def _shown_state(model):
             state.append([(g._sharded_state, g._training_state, g.reduce_grads) for g in groups])
             state.append([(g.reshard_after_backward, g._reshard_after_forward) for g in groups])
     return state, [(id(p), type(p.data).__name__, p.grad is None) for p in model.parameters()]
+
+
+def one_fails_early(rank, size):
+    """Fail on a rank that gives up waiting before the other comes."""
+    model, x, y = problem("mlp")
+    own = batches(x, y, shard(rank, size), 3)
+    if rank == 1:
+        own = [(own[0][0] * torch.nan, own[0][1])]
+
+    def slow():
+        time.sleep(5)
+        yield from own
+
+    return _raised(lambda: Diagonal(0.1).fit(model, own if rank == 1 else slow()))
 
 
 def one_dies(rank, size):

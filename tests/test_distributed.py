@@ -163,6 +163,49 @@ def test_a_wrapped_model_is_fitted_and_its_gradients_left_alone(found, whole):
         assert all(gradient is None for gradient in gradients)
 
 
+def test_a_part_of_a_model_may_be_wrapped(found, whole):
+    _, [(x, y)], _ = whole
+    model = ranks.Inner().double().eval()
+    reference = ranks.results(EKFAC(0.1).fit(model, [(x, y)]), model, x, y)
+    del reference["coverage"]  # its names are without "module"
+    for result in found:
+        for key, values in reference.items():
+            assert close(result["inner"][key], values)
+            assert close(result["wrapped inside"][key], values)
+        assert result["wrapped inside, unchanged"]
+        assert result["wrapped inside, trains"]
+
+
+@pytest.mark.parametrize("method", [EKFAC, Diagonal, lambda: Explicit(solver="primal")])
+def test_ranks_choose_the_regularization_of_one_process(found, whole, method):
+    model, [(x, y)], v = whole
+    grid = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    data = fimkit.ModelData(model, (x, y))
+    folds = [split(range(ranks.N)) for split in ranks.FOLDS]
+    search = fimkit.RegularizationCV(method(), grid, cv=folds).fit(data)
+    means = torch.from_numpy(search.cv_results_["mean_test_score"])
+    for result in found:
+        best, scores, ifvp = result["search", type(search.estimator).__name__]
+        assert best == search.regularization_
+        # Means over folds, of means over each fold's examples.
+        assert close(scores, means)
+        assert close(ifvp, search.transform(v))
+
+
+@pytest.mark.parametrize(
+    ("search", "cause"),
+    [
+        ("search, rows", "DataInf leaves its rows on the ranks that computed them"),
+        ("search, folds", "ranks differ in the number of folds: 2 on rank 0, 3 on rank 1"),
+        ("search, grid", "ranks differ in regularizations: [0.1] on rank 0, [1.1] on rank 1"),
+        ("search, fault", "n_splits=9 greater than the number of samples"),
+    ],
+)
+def test_a_search_that_ranks_cannot_make_together_is_refused(found, search, cause):
+    for result in found:
+        assert cause in result[search]
+
+
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -220,6 +263,12 @@ def test_a_seed_that_is_not_used_may_differ(found, whole):
 def test_ranks_fit_again_after_faults(found, whole):
     for result in found:
         assert close(result["afterwards"], expected(EKFAC(0.1), whole))
+
+
+def test_a_rank_that_failed_long_ago_is_named(tmp_path):
+    late, failed = ranks.start(ranks.one_fails_early, 2, folder=tmp_path, timeout=2.0)
+    assert "IFVPUsageError: batch 0: NaN" in failed
+    assert late.startswith("RankError: rank 1 failed: IFVPUsageError: batch 0: NaN")
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
