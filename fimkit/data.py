@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -24,6 +23,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.vectors import tensor_of
 
 __all__ = [
     "Indices",
@@ -441,7 +441,7 @@ def _map_style(dataset: Any) -> Any:
                     f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
                     "integers, for instance by sklearn.preprocessing.LabelEncoder."
                 )
-        arrays = [_tensor(item) for item in listed]
+        arrays = [tensor_of(item) if isinstance(item, np.ndarray) else item for item in listed]
         lengths = [len(array) if array.ndim else 0 for array in arrays]
         if len(set(lengths)) != 1:
             raise IFVPUsageError(
@@ -460,14 +460,6 @@ def _map_style(dataset: Any) -> Any:
             "batches goes to fit(model, dataloader) directly."
         )
     return dataset
-
-
-def _tensor(array: Tensor | npt.NDArray[Any]) -> Tensor:
-    """Return an array as a tensor, copied where torch has no such memory."""
-    if isinstance(array, Tensor):
-        return array
-    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def _positions(indices: Any, n: int) -> npt.NDArray[np.integer[Any]]:

@@ -50,7 +50,7 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import BatchGradients, TokenGradients
 from fimkit.operators import Columns, RowMatrix
 from fimkit.operators.memory import chunks
-from fimkit.vectors import ParameterSpace
+from fimkit.vectors import ParameterSpace, all_finite
 
 __all__ = [
     "TokenScores",
@@ -336,8 +336,7 @@ def self_influence(estimator: FisherEstimator, data: ModelData) -> Scores:
     _check_estimator(estimator)
     check_model_data(data, "data")
     scores = estimator.mahalanobis(data)
-    if scores.size:
-        _finite(torch.from_numpy(scores), "data", slice(0, len(scores)))
+    _finite(torch.from_numpy(scores), "data", slice(0, len(scores)))
     return scores
 
 
@@ -476,7 +475,7 @@ def _own_scale(estimator: FisherEstimator, rows: RowMatrix, here: slice) -> Tens
 
 def _finite(values: Tensor, data: str, here: slice) -> Tensor:
     """Return what was computed from gradients, which are finite; raise if it is not."""
-    if not all(bool(extreme.isfinite()) for extreme in values.aminmax()):
+    if not all_finite(values):
         raise IFVPUsageError(
             f"scores are not finite: products with gradients of {data}[{here.start}:{here.stop}] "
             "overflow; fit the estimator with dtype=torch.float64, or scale the inputs or the loss."

@@ -39,11 +39,6 @@ class PassRecord:
     def __len__(self) -> int:
         return len(self._losses)
 
-    def clear(self) -> None:
-        """Forget everything, for a pass that begins again."""
-        for recorded in (self._losses, self._inputs, self._signals):
-            recorded.clear()
-
     def state_dict(self) -> dict[str, Any]:
         """Return what has been recorded."""
         return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["ParameterSpace", "some_names"]
+__all__ = ["ParameterSpace", "all_finite", "some_names", "tensor_of"]
 
 Restore = Callable[[Tensor], Any]
 
@@ -162,10 +162,7 @@ def _as_tensor(values: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]
             raise _not_floating(what, dtype)
         if dtype.itemsize > 8:
             raise IFVPUsageError(f"{what} has dtype {dtype}, which torch lacks; use float64.")
-        contiguous = np.ascontiguousarray(values, dtype=dtype.newbyteorder("="))
-        if not contiguous.flags.writeable:
-            contiguous = contiguous.copy()
-        tensor = torch.from_numpy(contiguous)
+        tensor = tensor_of(values)
         back = _way_back(tensor, what)
         return tensor, lambda out: back(out).numpy().astype(dtype, copy=False)
     if isinstance(values, Tensor):
@@ -190,13 +187,24 @@ def _as_tensor(values: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]
     )
 
 
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor, copied where torch has no such memory."""
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite, told from the extremes without a mask of all."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
 def _way_back(tensor: Tensor, what: str) -> Callable[[Tensor], Tensor]:
     """Return what takes a result to a tensor's dtype and device."""
     device, dtype = tensor.device, tensor.dtype
 
     def back(result: Tensor) -> Tensor:
         result = result.to(device, dtype)
-        if result.numel() and not torch.stack(torch.aminmax(result)).isfinite().all():
+        if not all_finite(result):
             name = str(dtype).removeprefix("torch.")
             raise IFVPUsageError(
                 f"the result exceeds the range of {name}, the dtype of {what}; give it in a "

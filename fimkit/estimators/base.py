@@ -50,6 +50,7 @@ from fimkit.gradients import (
 )
 from fimkit.losses import LOSSES, Loss, measured
 from fimkit.operators import BlockDiagonalOperator, Columns, Operator, RowMatrix, ShardedRowMatrix
+from fimkit.vectors import all_finite
 
 __all__ = ["FisherEstimator", "components", "compose"]
 
@@ -364,7 +365,7 @@ class FisherEstimator(  # type: ignore[call-arg]
     def _flatten(self, vectors: Any) -> tuple[Tensor, Any]:
         """Return vectors as a ``(k, p)`` tensor on the fit's device, and the way back."""
         flat, restore = self._space.flatten(vectors)
-        if flat.numel() and not torch.stack(torch.aminmax(flat)).isfinite().all():
+        if not all_finite(flat):
             raise IFVPUsageError("vectors contain NaN or infinity; remove those vectors first.")
         return flat.to(self.device_), restore
 

@@ -15,23 +15,11 @@ from torch import Tensor
 from fimkit import serialization
 from fimkit.data import described
 from fimkit.distributed import Ranks
-from fimkit.estimators.description import Restorer, describe
+from fimkit.estimators.description import DAMAGE, Restorer, describe
 from fimkit.exceptions import IFVPUsageError
 from fimkit.statistics import GrowingList
 
 __all__ = ["Checkpoint"]
-
-# What reading may raise of files that are gone, were cut off, or hold something else.
-_DAMAGE = (
-    IFVPUsageError,
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    RuntimeError,
-)
 
 
 class Checkpoint:
@@ -169,7 +157,7 @@ class Checkpoint:
         """Raise what to do where a file is gone, was cut off, or holds something else."""
         try:
             yield
-        except _DAMAGE as error:
+        except (OSError, *DAMAGE) as error:
             why = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
             raise IFVPUsageError(
                 f"checkpoint={str(self._folder)!r}: {path.name!r}, of the interrupted fit, {why} "

@@ -34,7 +34,10 @@ from fimkit.operators import (
 )
 from fimkit.vectors import ParameterSpace
 
-__all__ = ["Restorer", "describe"]
+__all__ = ["DAMAGE", "Restorer", "describe"]
+
+#: What restoring contents that nothing wrote may raise.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 
 # What is described by attributes that are arguments of its constructor, too. The Gram matrix and
 # the norms of rows are not among them: they are computed again.

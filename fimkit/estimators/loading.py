@@ -10,7 +10,7 @@ import torch
 from fimkit import serialization
 from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.datainf import DataInf
-from fimkit.estimators.description import Restorer
+from fimkit.estimators.description import DAMAGE, Restorer
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
 from fimkit.estimators.settings import Settings
@@ -36,9 +36,6 @@ _FITTED: dict[str, type] = {
     "parameter_names_": list,
     "parameter_shapes_": dict,
 }
-
-# What contents that nothing wrote may raise.
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 
 
 def load(
@@ -95,7 +92,7 @@ def load(
             raise ValueError(f"parts of it have {sorted({*widths, blocks})} parameters")
     except IFVPUsageError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise IFVPUsageError(
             f"{str(path)!r} is damaged: {type(error).__name__}: {error}."
         ) from error

@@ -56,16 +56,14 @@ class ReplayedPasses:
         """
         if not start:
             self._kept.clear()
-            self._record.clear()
+            self._record = PassRecord()
         used, full = 0, start > 0
         for i, gradients in enumerate(self._run.gradients(start), start):
             layers = gradients.layers()
             used += layers.nbytes
             full = full or used > self._budget
-            if full or self._run.checkpoint is not None:  # which keeps nothing
-                self._record.append(layers.scalars, *_sides(layers))
-            else:
-                self._record.append(layers.scalars)
+            again = full or self._run.checkpoint is not None  # of which nothing is kept
+            self._record.append(layers.scalars, *(_sides(layers) if again else ()))
             yield gradients
             if not full:
                 self._kept.append(layers)

@@ -120,8 +120,8 @@ class Objective:
             If n is 1, and all tensors of the batch have the same larger size along their first
             dimension, where the examples are.
         """
-        size = common_length(batch)
-        if n == 1 and size is not None and size > 1 and not _is_one_with_positions_first(batch):
+        size = common_length(batch) if n == 1 else None
+        if size is not None and size > 1 and not _is_one_with_positions_first(batch):
             raise IFVPUsageError(
                 f"{self.loss.name} returned one loss for {size} examples, as many as every tensor "
                 f"of the batch has along its first dimension; expected shape ({size},), so "
