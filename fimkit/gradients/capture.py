@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fimkit.gradients.ownership import version
 from fimkit.gradients.rules import ENTERED, RULES, EmbeddingUse, ParameterIndex, Use
 from fimkit.gradients.steady import is_steady
 
@@ -76,6 +77,7 @@ class Capture(TorchFunctionMode):
             # An activation in place on a view would cut the edge recorded here out of the graph.
             output = output.clone()
         use.observe(output)
+        use.version = version(use.x)
         use.edge = get_gradient_edge(output)
         if use.replaces in self.uses:
             self.uses.remove(use.replaces)

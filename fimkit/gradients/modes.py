@@ -16,7 +16,6 @@ __all__ = [
     "EvaluationTurns",
     "differentiating",
     "evaluating",
-    "held_tensors",
     "unwrap",
 ]
 
@@ -34,13 +33,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors that a model may write to: its buffers and its modules' attributes."""
-    yield from model.buffers()
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 class AmbientAutocast:

@@ -1,0 +1,39 @@
+"""What is kept of a forward pass while others go on writing to memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["owned", "version"]
+
+
+def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that nobody else can write to: those given, or copies of them.
+
+    Copied is what another tensor has the memory of: a model that works in memory of its own, a
+    batch, a loader that fills the same tensors again. So is what arrays and other processes may
+    write to, unseen by torch, and what is a small part of the memory that it would keep.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        No views, as of those the viewed tensor remains. Asked of when the graph is gone, in which
+        tensors were saved.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    ours = Counter(storage._cdata for storage in storages)
+    out = []
+    for tensor, storage in zip(tensors, storages, strict=True):
+        holders = torch._C._storage_Use_Count(storage._cdata) - 1  # which `storage` itself is
+        alone = holders <= ours[storage._cdata] and storage.resizable()
+        out.append(tensor if alone and storage.nbytes() <= 2 * tensor.nbytes else tensor.clone())
+    return out
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, as far as torch sees it."""
+    return 0 if tensor.is_inference() else tensor._version
