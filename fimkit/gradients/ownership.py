@@ -14,9 +14,9 @@ __all__ = ["owned", "version"]
 def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors that nobody else can write to: those given, or copies of them.
 
-    Copied is what another tensor has the memory of: a model that works in memory of its own, a
-    batch, a loader that fills the same tensors again. So is what arrays and other processes may
-    write to, unseen by torch, and what is a small part of the memory that it would keep.
+    Copied is what another tensor has the memory of: a model's that works in memory of its own, a
+    batch's, or one that a loader fills again. So is memory that is not torch's own, such as an
+    array's, and what would keep much more memory than its own numbers take.
 
     Parameters
     ----------

@@ -1,0 +1,333 @@
+"""What is kept of a forward pass stays as it was, whatever is written where afterwards."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fimkit import EKFAC, DataInf, Diagonal, Explicit, IFVPUsageError, ModelData
+from fimkit.gradients import engine
+from fimkit.gradients.ownership import owned
+from tests import dense, exactness, reference
+from tests.cases import BY_NAME, Apply, N, points, split
+
+WIDTH = 5
+
+
+def batch(n=N):
+    return points()(n, torch.Generator().manual_seed(0))
+
+
+def layers():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = {"first": nn.Linear(WIDTH, 4), "second": nn.Linear(4, 3)}
+        return {name: module.double() for name, module in made.items()}
+
+
+# -- models that work in memory of their own -------------------------------------------------------
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+def written(memory, values):
+    """Write values to the first rows of a memory, and return these."""
+    rows = memory.detach()[: len(values)]
+    return rows.copy_(values)
+
+
+def of_tensor(memory):
+    """Return a forward whose layers read from rows of a tensor."""
+
+    def forward(self, x):
+        return self.second(self.first(written(memory, x)).tanh())
+
+    return forward
+
+
+def of_array():
+    memory = np.zeros((N, WIDTH))
+
+    def forward(self, x):
+        memory[: len(x)] = x
+        return self.second(self.first(torch.from_numpy(memory[: len(x)])).tanh())
+
+    return forward
+
+
+def of_data(memory):
+    def forward(self, x):
+        memory.data[: len(x)] = x
+        return self.second(self.first(memory[: len(x)]).tanh())
+
+    return forward
+
+
+def of_hidden(memories):
+    """Keeps a graph in what is written."""
+
+    def forward(self, x):
+        return self.second(written(memories["hidden"], self.first(x).tanh()))
+
+    return forward
+
+
+def of_part(memory):
+    def forward(self, x):
+        rows = memory["x"][: len(x)]
+        rows[:, 2:] = x[:, 2:]
+        rows[:, :2] = x[:, :2]
+        return self.second(self.first(rows).tanh())
+
+    return forward
+
+
+class Attribute(nn.Module):
+    def __init__(self, register):
+        super().__init__()
+        if register:
+            self.register_buffer("memory", zeros(N, WIDTH), persistent=False)
+        else:
+            self.memory = zeros(N, WIDTH)
+
+    def forward(self, x):
+        return written(self.memory, x)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memories = [types.SimpleNamespace(values={"x": zeros(N, WIDTH)})]
+
+    def forward(self, x):
+        return written(self.memories[0].values["x"], x)
+
+
+def of_module(self, x):
+    return self.second(self.first(self.memory(x)).tanh())
+
+
+WORKING = {
+    "a tensor that nothing but the forward knows": lambda: (of_tensor(zeros(N, WIDTH)), {}),
+    "an attribute": lambda: (of_module, {"memory": Attribute(False)}),
+    "a buffer": lambda: (of_module, {"memory": Attribute(True)}),
+    "an object in a list": lambda: (of_module, {"memory": Listed()}),
+    "an array": lambda: (of_array(), {}),
+    "written by .data": lambda: (of_data(zeros(N, WIDTH)), {}),
+    "with a graph": lambda: (of_hidden({"hidden": zeros(N, 4)}), {}),
+    "in parts": lambda: (of_part({"x": zeros(N, WIDTH)}), {}),
+}
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_models_that_work_in_memory_of_their_own(name):
+    forward, modules = WORKING[name]()
+    made = layers()
+    plain = Apply(lambda self, x: self.second(self.first(x).tanh()), **made)
+    model = Apply(forward, **made, **modules)
+    coverage = exactness.check(plain, batch(), reference.negative_log_likelihood, fitted_to=model)
+    assert set(coverage.values()) == {"captured (linear)"}
+    kept, again = (
+        EKFAC(cache_budget=budget).fit(model, split(batch(), N, 3)) for budget in (2**30, 0)
+    )
+    assert dense.distance(again.fisher_.to_dense(), kept.fisher_.to_dense()) <= 1e-12
+    rows = reference.gradients(plain, reference.negative_log_likelihood, batch(), N)
+    data = ModelData(model, batch(), batch_size=5)
+    found = Diagonal(regularization=1.0).fit(plain, split(batch(), N, N)).transform(data)
+    expected = rows / (1 + rows.square().mean(0))
+    assert reference.error(found, expected) <= 1e-12
+
+
+def test_a_lookup_by_positions_in_a_memory():
+    memory = {"x": torch.zeros(N, 4, dtype=torch.int64)}
+
+    def forward(self, x):
+        return self.head(self.table(written(memory["x"], x)).tanh().sum(1))
+
+    made = {"table": nn.Embedding(7, 6), "head": nn.Linear(6, 3)}
+    model = Apply(forward, **made).double()
+    plain = Apply(lambda self, x: self.head(self.table(x).tanh().sum(1)), **made)
+    x = torch.randint(7, (N, 4), generator=torch.Generator().manual_seed(0))
+    exactness.check(plain, (x, batch()[1]), reference.negative_log_likelihood, fitted_to=model)
+
+
+# -- batches that are filled again -----------------------------------------------------------------
+
+
+class Example:
+    """A batch that fimkit does not look into."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+def filled_again(whole, size, form):
+    """Return an iterable whose batches are all the same tensors."""
+
+    class Loader:
+        def __iter__(self):
+            x, y = torch.empty_like(whole[0][:size]), torch.empty_like(whole[1][:size])
+            made = form(x, y)
+            for start in range(0, N, size):
+                x.copy_(whole[0][start : start + size])
+                y.copy_(whole[1][start : start + size])
+                yield made
+
+    return Loader()
+
+
+FORMS = {
+    "a tuple": (lambda x, y: (x, y), "cross_entropy"),
+    "an object": (
+        Example,
+        lambda model, b: F.cross_entropy(model(b.x), b.y, reduction="none"),
+    ),
+    "views": (lambda x, y: (x.t().t(), y.view(-1)), "cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Explicit(solver="dual"),
+        DataInf(),
+        EKFAC(),
+        EKFAC(cache_budget=0),
+        EKFAC(cache_budget=1000),
+    ],
+)
+def test_batches_that_are_filled_again(method, form):
+    make, loss = FORMS[form]
+    model = Apply(lambda self, x: self.second(self.first(x).tanh()), **layers())
+    whole = batch()
+    rows = reference.gradients(model, reference.negative_log_likelihood, whole, N)
+    method.set_params(loss=loss, regularization=0.01)
+    found = method.fit(model, filled_again(whole, 4, make)).transform(rows)
+    expected = type(method)(**{**method.get_params(), "loss": "cross_entropy"})
+    expected = expected.fit(model, [whole]).transform(rows)
+    assert reference.error(found, expected) <= 1e-9
+
+
+# -- within one forward pass -----------------------------------------------------------------------
+
+
+def overwriting(self, x):
+    memory = zeros(len(x), WIDTH)
+    memory.copy_(x)
+    hidden = self.first(memory)
+    memory.copy_(hidden.detach().repeat(1, 2)[:, :WIDTH])
+    return self.second(hidden) + memory[:, :3]
+
+
+def later_overwriting(self, x):
+    """Only in batches of two."""
+    hidden = self.first(x).tanh()
+    out = self.second(hidden)
+    if len(x) == 2:
+        hidden.relu_()
+    return out
+
+
+METHODS = [Explicit(), DataInf(), EKFAC(), EKFAC(cache_budget=0)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_that_are_overwritten_before_their_gradients_are_refused(method):
+    model = Apply(overwriting, **layers())
+    message = "batch 0: an input of the call on 'first.bias', 'first.weight' was changed in place"
+    with pytest.raises(IFVPUsageError, match=message):
+        method.fit(model, split(batch(), N, 3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_that_are_overwritten_in_a_later_batch_are_refused(method):
+    model = Apply(later_overwriting, **layers())
+    message = "batch 3: an input of the call on 'second.bias', 'second.weight' was changed in place"
+    with pytest.raises(IFVPUsageError, match=message):
+        method.fit(model, split(batch(11), 11, 3))
+
+
+@pytest.mark.parametrize("sizes", [(3,), (4, 3, 5)])
+def test_inputs_that_autograd_has_a_copy_of_may_be_overwritten(sizes):
+    """Under autocasting it keeps the input in another dtype."""
+
+    def forward(self, x):
+        hidden = x * 1.0
+        out = self.first(hidden)
+        if len(x) != 4:  # the first batch, of some
+            hidden.zero_()
+        return self.second(out.tanh()).float()
+
+    model = Apply(forward, **layers()).float()
+    x, y = batch()
+    whole = x.float(), y
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = reference.gradients(model, reference.negative_log_likelihood, whole, N)
+        fitted = Explicit().fit(model, split(whole, N, *sizes))
+    assert fitted.coverage_["first.weight"] in {"torch.func", "one backward pass per example"}
+    assert dense.distance(fitted.fisher_.to_dense(), reference.fisher(rows)) <= 0.02
+
+
+def test_an_input_that_no_gradient_needs_may_be_overwritten():
+    """Of a frozen weight beside a bias that is trained."""
+
+    def forward(self, x):
+        hidden = x.tanh()
+        out = self.first(hidden)
+        hidden.zero_()
+        return self.second(out.tanh())
+
+    model = Apply(forward, **layers())
+    model.first.weight.requires_grad_(False)
+    rows = reference.gradients(model, reference.negative_log_likelihood, batch(), N)
+    fitted = Explicit().fit(model, split(batch(), N, 3))
+    assert fitted.coverage_["first.bias"] == "captured (linear)"
+    assert dense.distance(fitted.fisher_.to_dense(), reference.fisher(rows)) <= 1e-12
+
+
+# -- what is copied --------------------------------------------------------------------------------
+
+
+def test_owned():
+    base = torch.randn(100, 3)
+    alone, twice = torch.randn(4, 3), torch.randn(4, 3)
+    views = [twice.detach(), twice.detach()]
+    del twice
+    part = base[:4].detach()
+    array = np.zeros((4, 3))
+    given = [alone, *views, part, base.detach(), torch.from_numpy(array)]
+    given.append(torch.randn(100, 3)[:4].detach())
+    found = owned(given)
+    same = [a.data_ptr() == b.data_ptr() for a, b in zip(found, given, strict=True)]
+    assert same == [True, True, True, False, False, False, False]
+    assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+    assert owned([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    [
+        ("mlp", 1),
+        ("in place after views", 1),
+        ("transformer encoder layer", 1),
+    ],
+)
+def test_only_what_others_hold_is_copied(name, copied, monkeypatch):
+    """The batch, but no hidden input: of those there is nothing but what is kept."""
+    calls = []
+
+    def recorded(tensors):
+        out = owned(tensors)
+        calls.append(sum(a is not b for a, b in zip(out, tensors, strict=True)))
+        return out
+
+    monkeypatch.setattr(engine, "owned", recorded)
+    case = BY_NAME[name]
+    Explicit(loss=case.loss).fit(case.model(), case.batches(5))
+    assert calls == [copied] * len(case.batches(5))
