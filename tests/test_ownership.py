@@ -1,5 +1,7 @@
 """What is kept of a forward pass stays as it was, whatever is written where afterwards."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimkit import EKFAC, DataInf, Diagonal, Explicit, IFVPUsageError, ModelData
+from fimkit.functional import (
+    EKFAC_CACHE_KEY,
+    MLPCache,
+    ifvp_at_x_ekfac,
+    ifvp_datainf,
+    ifvp_explicit,
+    manual_cache_forward,
+)
 from fimkit.gradients import engine
 from fimkit.gradients.ownership import owned
 from tests import dense, exactness, reference
@@ -327,3 +337,63 @@ def test_only_what_others_hold_is_copied(name, copied, monkeypatch):
     case = BY_NAME[name]
     Explicit(loss=case.loss).fit(case.model(), case.batches(5))
     assert calls == [copied] * len(case.batches(5))
+
+
+# -- tables that bound their rows' norms -----------------------------------------------------------
+
+
+def table_and_data():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    return table, torch.randint(7, (N, 4), generator=generator), torch.arange(N) % 3
+
+
+@pytest.mark.parametrize("lookup", [F.embedding, F.embedding_bag])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("method", [Explicit(), EKFAC()])
+def test_a_parameter_that_a_lookup_would_scale_down_is_left_alone(method, trained, lookup):
+    """Of a module's table that is undone."""
+    table, x, y = table_and_data()
+    model = Apply(
+        lambda self, x: self.head(lookup(x, self.table, max_norm=0.5).flatten(1)),
+        head=nn.Linear(12 if lookup is F.embedding else 3, 3).double(),
+    )
+    model.table = nn.Parameter(table.clone(), requires_grad=trained)
+    message = rf"F.{lookup.__name__} is called with max_norm=0.5, .* table of shape \(7, 3\)"
+    with pytest.raises(IFVPUsageError, match=message):
+        method.fit(model, [(x, y)])
+    assert torch.equal(model.table, table)
+
+
+def bounded_loss(table, x, y):
+    return F.cross_entropy(F.embedding(x, table, max_norm=0.5).sum(1), y)
+
+
+def test_functions_that_would_scale_down_a_table_are_refused():
+    table, x, y = table_and_data()
+    given = table.clone()
+    message = r"F.embedding is called with max_norm=0.5, .* table of shape \(7, 3\)"
+    with pytest.raises(IFVPUsageError, match=message):
+        ifvp_explicit(bounded_loss, regularization=0.1)((given, x, y), torch.zeros(21).double())
+    datainf = ifvp_datainf(bounded_loss, 0, (None, 0, 0), 0.1)
+    with pytest.raises(IFVPUsageError, match=message):
+        datainf((given, x[:, None], y[:, None]), (given,))
+    assert torch.equal(given, table)
+
+    @manual_cache_forward
+    def forward(self, table, x):
+        inputs = F.embedding(x, table, max_norm=0.5).sum(1)
+        hidden = F.linear(inputs, self.weight)
+        getattr(self, EKFAC_CACHE_KEY).input_hidden_pairs.append((inputs, hidden))
+        return hidden
+
+    layer, cache = nn.Linear(3, 3, bias=False).double(), MLPCache()
+    layer.forward = types.MethodType(forward, layer)
+    setattr(layer, EKFAC_CACHE_KEY, cache)
+
+    def losses(table, x, y):
+        return F.cross_entropy(layer(table, x), y, reduction="none")
+
+    with pytest.raises(IFVPUsageError, match=message):
+        ifvp_at_x_ekfac(losses, given, x, y, in_dims=(None, 0, 0), mlp_cache=cache)
+    assert torch.equal(given, table)

@@ -22,6 +22,7 @@ from fimkit.functional.independence import (
 )
 from fimkit.gradients import AmbientAutocast
 from fimkit.gradients.ownership import owned
+from fimkit.gradients.tables import TablesLeftAlone
 from fimkit.gradients.tree import map_tensors, tensors
 from fimkit.operators import FactoredRows, MatrixLayout
 from fimkit.replay import RandomStates
@@ -164,7 +165,7 @@ class Recorder:
         try:
             for cache in self._caches:
                 cache.start()
-            with self._autocast.restored():
+            with self._autocast.restored(), TablesLeftAlone():
                 losses, mask = _outputs(self._func(*arguments), size)
             pairs = [_pairs(cache, size, i) for i, cache in enumerate(self._caches)]
             hidden = {

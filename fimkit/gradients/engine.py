@@ -28,6 +28,7 @@ from fimkit.gradients.objective import Objective
 from fimkit.gradients.ownership import owned, version
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
+from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
 from fimkit.losses import Uniforms
@@ -142,6 +143,7 @@ class GradientEngine:
         self._blocks = blocks
         named = dict(model.named_parameters())
         self._parameters = {name: named[name] for name in space.shapes}
+        self._restored = {id(table) for table in bounded_tables(model)}
         self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
@@ -209,7 +211,7 @@ class GradientEngine:
         versions = [tensor._version for tensor in tensors(batch)]
         loss, called = self._objective.loss, False
         try:
-            with self._autocast.restored(), Capture(self._parameters) as capture:
+            with self._autocast.restored(), Capture(self._parameters, self._restored) as capture:
                 loss.targets(batch)  # refuses a batch without any
                 outputs = loss.outputs(self._model, batch)
                 called = True
