@@ -312,7 +312,7 @@ class GradientEngine:
         while True:  # what falls back may pair the rest in another way
             groups = self._groups or self._pair(run.uses)
             captured = self._collect(run, located, {}, groups)
-            wrong = check.disagreeing(captured, self._places(fallback=False))
+            wrong = check.disagreeing(captured, self._names(fallback=False))
             if not wrong:
                 break
             self._fallback_names.update(wrong)
@@ -339,9 +339,8 @@ class GradientEngine:
     def _pair(self, uses: list[Use]) -> list[Group]:
         return pair_parameters(self._space.shapes, uses, self._fallback_names, self._blocks)
 
-    def _places(self, *, fallback: bool) -> dict[str, slice]:
-        places = self._space.slices.items()
-        return {name: s for name, s in places if (name in self._fallback_names) == fallback}
+    def _names(self, *, fallback: bool) -> list[str]:
+        return [n for n in self._space.shapes if (n in self._fallback_names) == fallback]
 
     def _verify_fallback(self, run: _Pass, check: RandomSum) -> None:
         if not self._fallback_names:
@@ -355,7 +354,7 @@ class GradientEngine:
             except Exception as error:  # of a wrong cut, or truly a fault
                 problem = problem or error
                 continue
-            wrong = check.disagreeing(rows, self._places(fallback=True))
+            wrong = check.disagreeing(rows, self._names(fallback=True))
             if not wrong:
                 return
         n, length = run.shape[0], common_length(run.batch)
