@@ -42,7 +42,8 @@ UNSEEN = "no gradient seen"
 
 _DEPENDENT = (
     "the loss of one example depends on the others in its batch (batch statistics, a division by "
-    "the batch's length), or differs between calls (randomness in the model)"
+    "the batch's length, outputs (B, 1) broadcast against targets (B,)), or differs between calls "
+    "(randomness in the model, which may be drawn in the dataset instead, or replaced by its mean)"
 )
 
 
@@ -111,6 +112,8 @@ class GradientEngine:
     ----------
     coverage : dict of str to str
         How each parameter's gradients are obtained.
+    doubt : str or None
+        What is likely wrong about the first batch's outputs.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class GradientEngine:
         self._groups: list[Group] | None = None
         self._found: dict[Any, _Found] = {}
         self.coverage = dict.fromkeys(space.shapes, UNSEEN)
+        self.doubt: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been found out about the parameters, besides what every run finds."""
@@ -166,6 +170,12 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
+        if not self._fallback.shares(batch):
+            raise IFVPUsageError(
+                "each example's loss depends on the whole of a tensor of the batch, which is as "
+                "long as the batch and another in every batch, so that it holds the examples: "
+                f"{_DEPENDENT}. Remove the dependence."
+            )
         shared = {
             tensor.untyped_storage().data_ptr()
             for tensor in (*tensors(batch), *held_tensors(self._model))
@@ -200,6 +210,8 @@ class GradientEngine:
                 loss.targets(batch)  # refuses a batch without any
                 outputs = loss.outputs(self._model, batch)
                 called = True
+                if not self._found:
+                    self.doubt = loss.doubt_outputs(outputs)
                 labels = self._objective.labels(outputs, batch, uniforms)
                 columns, weights, mask = self._objective.columns(outputs, labels)
                 scalars = torch.stack(tuple(columns), 1)
@@ -337,6 +349,7 @@ class GradientEngine:
                 continue
             wrong = check.disagreeing(rows, self._names(fallback=True))
             if not wrong:
+                self._fallback.share(cut, run.batch, run.shape[0])
                 return
         n, length = run.shape[0], common_length(run.batch)
         if length is not None and n > length and n % length == 0:
@@ -357,10 +370,14 @@ class GradientEngine:
         """Refuse losses of an example that are others without the rest of its batch."""
         if run.shape[0] < 2:
             return
-        for i in (0, run.shape[0] - 1):
+        n = run.shape[0]
+        for i in (0, n - 1):
             own = run.scalars[i : i + 1]
-            alone = self._fallback.alone(i, run.batch, run.labels, run.shape[0])
-            if not any(s is None or same_scalars(s, own, run.precision) for s in alone):
+            for cut, alone in self._fallback.alone(i, run.batch, run.labels, n):
+                if alone is None or same_scalars(alone, own, run.precision):
+                    self._fallback.share(cut, run.batch, n)
+                    break
+            else:
                 raise IFVPUsageError(
                     f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
                     "the dependence."
