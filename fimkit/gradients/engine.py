@@ -362,26 +362,40 @@ class GradientEngine:
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"
             f"{alone}: {_DEPENDENT}, or a tensor of the batch has its examples neither along its "
-            "first nor its second dimension, or a hook on the parameter changes its gradient. "
-            "Remove the cause, or leave these parameters out with parameters=."
+            "first nor its second dimension, or the model takes them along another one than they "
+            "lie (recurrent and attention layers without batch_first=True), or a hook on the "
+            "parameter changes its gradient. Remove the cause, or leave these parameters out with "
+            "parameters=."
         ) from problem
 
     def _verify_alone(self, run: _Pass) -> None:
-        """Refuse losses of an example that are others without the rest of its batch."""
-        if run.shape[0] < 2:
-            return
+        """Refuse losses of examples that are others without the rest of their batch.
+
+        The first is run alone and the last; two of them, where the model does not run on one.
+        """
         n = run.shape[0]
-        for i in (0, n - 1):
-            own = run.scalars[i : i + 1]
-            for cut, alone in self._fallback.alone(i, run.batch, run.labels, n):
-                if alone is None or same_scalars(alone, own, run.precision):
-                    self._fallback.share(cut, run.batch, n)
-                    break
-            else:
+        for count in (1, 2):
+            if count >= n:
+                return
+            ends = slice(0, count), slice(n - count, n)
+            same = [self._is_same_alone(run, part) for part in ends]
+            if False in same:
                 raise IFVPUsageError(
                     f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
                     "the dependence."
                 )
+            if None not in same:
+                return
+
+    def _is_same_alone(self, run: _Pass, part: slice) -> bool | None:
+        """Whether some examples have the same losses without the rest; None if they do not run."""
+        ran = None
+        for cut, alone in self._fallback.alone(part, run.batch, run.labels, run.shape[0]):
+            if same_scalars(alone, run.scalars[part], run.precision):
+                self._fallback.share(cut, run.batch, run.shape[0])
+                return True
+            ran = False
+        return ran
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]

@@ -97,23 +97,18 @@ class FallbackGradients:
         )
 
     def alone(
-        self, i: int, batch: Any, labels: list[Any], n: int
-    ) -> Iterator[tuple[Cut, Tensor | None]]:
-        """Yield an example's scalars without the rest, with each way to cut it out.
+        self, part: slice, batch: Any, labels: list[Any], n: int
+    ) -> Iterator[tuple[Cut, Tensor]]:
+        """Yield some examples' scalars without the rest, with each way to cut them out.
 
-        None at the end, if the model could not be run on it by any.
+        There is none if the model cannot be run on them.
         """
-        ran = False
-        cut: Cut = ()
         for cut in self.cuts(batch, labels, n):
             scalars: Tensor | None = None
             with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
-                scalars = self._program(*_example(i, cut, (batch, labels)))
-            if scalars is not None and len(scalars) == 1:
-                ran = True
+                scalars = self._program(*_examples(part, cut, (batch, labels)))
+            if scalars is not None and len(scalars) == part.stop - part.start:
                 yield cut, scalars
-        if not ran:
-            yield cut, None
 
     def rows(
         self, names: Sequence[str], batch: Any, labels: list[Any], n: int
@@ -169,7 +164,7 @@ class FallbackGradients:
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(n):
-            scalars = self._program(*_example(i, cut, (batch, labels)))
+            scalars = self._program(*_examples(slice(i, i + 1), cut, (batch, labels)))
             if scalars.shape[0] != 1:
                 raise IFVPUsageError(
                     "a single example cut out of the batch gave losses of shape "
@@ -194,13 +189,13 @@ def _targets(batch: Any) -> Any:
     return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
 
-def _example(i: int, cut: Cut, batch: Any) -> Any:
-    """Return what a batch holds of one example, and all that examples share."""
+def _examples(part: slice, cut: Cut, batch: Any) -> Any:
+    """Return what a batch holds of some examples, and all that examples share."""
     dims = iter(cut)
 
     def of_tensor(tensor: Tensor) -> Tensor:
         dim = next(dims)
-        return tensor if dim is None else tensor.narrow(dim, i, 1)
+        return tensor if dim is None else tensor.narrow(dim, part.start, part.stop - part.start)
 
     return map_tensors(of_tensor, batch)
 

@@ -99,6 +99,13 @@ def _of_call(error: Exception, model: nn.Module, batch: Any) -> str | None:
             "leave out what is neither (such as indices) by the dataset or collate_fn."
         )
         return f"It takes ({names}). {given} Or pass a callable loss(model, batch)."
+    if isinstance(error, TypeError) and any(map(_is_container, (*args, *kwargs.values()))):
+        return (
+            f"It takes ({names}), and was given tuples or mappings as they are in the batch. All "
+            "elements of a batch but the last are inputs: give (x1, x2, targets) for ((x1, x2), "
+            "targets), or a mapping of the arguments with 'labels' for ({...}, targets), or pass a "
+            "callable loss(model, batch)."
+        )
     if len(args) > 1 and not isinstance(error, RuntimeError):
         return (
             f"It takes ({names}), in this order. Give a mapping with these names and 'labels', "

@@ -415,8 +415,14 @@ def shaped_as(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
             f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
             f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare every "
             "output with every target)."
+            + (" Give targets.unsqueeze(1)." if _lacks_channel(outputs, targets) else "")
         )
     return targets.reshape(outputs.shape)
+
+
+def _lacks_channel(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether targets are as outputs of one channel, without its dimension."""
+    return outputs.ndim > 2 and outputs.shape[1] == 1 and outputs[:, 0].shape == targets.shape
 
 
 def check_probabilities(targets: Any, name: str) -> None:
