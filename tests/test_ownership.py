@@ -17,7 +17,7 @@ from fimkit.functional import (
     ifvp_explicit,
     manual_cache_forward,
 )
-from fimkit.gradients import engine
+from fimkit.gradients import engine, ownership
 from fimkit.gradients.ownership import owned
 from tests import dense, exactness, reference
 from tests.cases import BY_NAME, Apply, N, points, split
@@ -314,6 +314,14 @@ def test_owned():
     assert same == [True, True, True, False, False, False, False]
     assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
     assert owned([]) == []
+
+
+def test_all_is_copied_where_torch_does_not_tell_who_has_memory(monkeypatch):
+    monkeypatch.setattr(ownership, "_holders", None)
+    x = torch.randn(4, 3)
+    (found,) = owned([x])
+    assert torch.equal(found, x)
+    assert found.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize(

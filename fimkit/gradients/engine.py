@@ -44,7 +44,8 @@ UNSEEN = "no gradient seen"
 
 _DEPENDENT = (
     "the loss of one example depends on the others in its batch (batch statistics, a division by "
-    "the batch's length), or differs between calls (randomness in the model)"
+    "the batch's length, outputs (B, 1) broadcast against targets (B,)), or differs between calls "
+    "(randomness in the model, which may be drawn in the dataset instead, or replaced by its mean)"
 )
 
 
@@ -123,6 +124,8 @@ class GradientEngine:
     ----------
     coverage : dict of str to str
         How each parameter's gradients are obtained.
+    doubt : str or None
+        What is likely wrong about the first batch's outputs.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class GradientEngine:
         self._groups: list[Group] | None = None
         self._found: dict[Any, _Found] = {}
         self.coverage = dict.fromkeys(space.shapes, UNSEEN)
+        self.doubt: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been found out about the parameters, besides what every run finds."""
@@ -179,6 +183,12 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
+        if not self._fallback.shares(batch):
+            raise IFVPUsageError(
+                "each example's loss depends on the whole of a tensor of the batch, which is as "
+                "long as the batch and another in every batch, so that it holds the examples: "
+                f"{_DEPENDENT}. Remove the dependence."
+            )
         try:
             signals = self._signals(run)
             found = self._known(run, signals) or RandomSum(
@@ -215,6 +225,8 @@ class GradientEngine:
                 loss.targets(batch)  # refuses a batch without any
                 outputs = loss.outputs(self._model, batch)
                 called = True
+                if not self._found:
+                    self.doubt = loss.doubt_outputs(outputs)
                 labels = self._objective.labels(outputs, batch, uniforms)
                 columns, weights, mask = self._objective.columns(outputs, labels)
                 scalars = torch.stack(tuple(columns), 1)
@@ -356,6 +368,7 @@ class GradientEngine:
                 continue
             wrong = check.disagreeing(rows, self._names(fallback=True))
             if not wrong:
+                self._fallback.share(cut, run.batch, run.shape[0])
                 return
         n, length = run.shape[0], common_length(run.batch)
         if length is not None and n > length and n % length == 0:
@@ -368,22 +381,40 @@ class GradientEngine:
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"
             f"{alone}: {_DEPENDENT}, or a tensor of the batch has its examples neither along its "
-            "first nor its second dimension, or a hook on the parameter changes its gradient. "
-            "Remove the cause, or leave these parameters out with parameters=."
+            "first nor its second dimension, or the model takes them along another one than they "
+            "lie (recurrent and attention layers without batch_first=True), or a hook on the "
+            "parameter changes its gradient. Remove the cause, or leave these parameters out with "
+            "parameters=."
         ) from problem
 
     def _verify_alone(self, run: _Pass) -> None:
-        """Refuse losses of an example that are others without the rest of its batch."""
-        if run.shape[0] < 2:
-            return
-        for i in (0, run.shape[0] - 1):
-            own = run.scalars[i : i + 1]
-            alone = self._fallback.alone(i, run.batch, run.labels, run.shape[0])
-            if not any(s is None or same_scalars(s, own, run.precision) for s in alone):
+        """Refuse losses of examples that are others without the rest of their batch.
+
+        The first is run alone and the last; two of them, where the model does not run on one.
+        """
+        n = run.shape[0]
+        for count in (1, 2):
+            if count >= n:
+                return
+            ends = slice(0, count), slice(n - count, n)
+            same = [self._is_same_alone(run, part) for part in ends]
+            if False in same:
                 raise IFVPUsageError(
                     f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
                     "the dependence."
                 )
+            if None not in same:
+                return
+
+    def _is_same_alone(self, run: _Pass, part: slice) -> bool | None:
+        """Whether some examples have the same losses without the rest; None if they do not run."""
+        ran = None
+        for cut, alone in self._fallback.alone(part, run.batch, run.labels, run.shape[0]):
+            if same_scalars(alone, run.scalars[part], run.precision):
+                self._fallback.share(cut, run.batch, run.shape[0])
+                return True
+            ran = False
+        return ran
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]

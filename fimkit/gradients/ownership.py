@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = ["owned", "version"]
+
+# How many tensors, and objects that stand for it in Python, have a storage. CPU builds of older
+# releases do not tell.
+_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -16,7 +20,8 @@ def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Copied is what another tensor has the memory of: a model's that works in memory of its own, a
     batch's, or one that a loader fills again. So is memory that is not torch's own, such as an
-    array's, and what would keep much more memory than its own numbers take.
+    array's, and what would keep much more memory than its own numbers take. Where torch does not
+    tell who has memory, all is copied.
 
     Parameters
     ----------
@@ -28,9 +33,9 @@ def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     ours = Counter(storage._cdata for storage in storages)
     out = []
     for tensor, storage in zip(tensors, storages, strict=True):
-        holders = torch._C._storage_Use_Count(storage._cdata) - 1  # which `storage` itself is
-        alone = holders <= ours[storage._cdata] and storage.resizable()
-        out.append(tensor if alone and storage.nbytes() <= 2 * tensor.nbytes else tensor.clone())
+        others = _holders is None or _holders(storage._cdata) > ours[storage._cdata] + 1
+        held = others or not storage.resizable()
+        out.append(tensor.clone() if held or storage.nbytes() > 2 * tensor.nbytes else tensor)
     return out
 
 
