@@ -446,26 +446,6 @@ def test_places_guessed_without_gradients_are_looked_at_again():
     assert distance(fitted, rows) <= 1e-12
 
 
-def test_memory_that_the_model_works_in():
-    """Inputs that the next batch overwrites are copied."""
-
-    class Working(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
-            self.memory = torch.empty(N, 5, dtype=torch.float64)
-
-        def forward(self, x):
-            inputs = self.memory[: len(x)]
-            inputs.copy_(x)
-            return self.second(self.first(inputs).tanh())
-
-    model = Working().double()
-    batch = points()(N, torch.Generator().manual_seed(0))
-    rows = reference.gradients(model, reference.negative_log_likelihood, batch, N)
-    assert distance(Explicit(solver="dual").fit(model, split(batch, N, 4)), rows) <= 1e-12
-
-
 # -- small gradients beside large ones -------------------------------------------------------------
 
 
