@@ -7,8 +7,8 @@ later version is refused.
 
 from __future__ import annotations
 
-import hashlib
 import errno
+import hashlib
 import json
 import math
 import os
