@@ -1,6 +1,8 @@
 """No silent wrong number: whatever is captured wrongly is found out in the first batch."""
 
 import copy
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -780,3 +782,39 @@ def test_a_complex_parameter_is_compared_whole():
     batch = torch.randn(6, 8, dtype=torch.float64), torch.arange(6) % 3
     rows = reference.gradients(model, reference.negative_log_likelihood, batch, 6)
     assert distance(Explicit().fit(model, [batch]), rows) <= 1e-12
+
+
+def test_what_cannot_be_checked_warns():
+    """An object of one's own is not cut, nor a batch of the only size that a model takes."""
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+    model = nn.Linear(3, 2).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, y), 8)
+    batches = [SimpleNamespace(x=x[:4], y=y[:4]), SimpleNamespace(x=x[4:], y=y[4:])]
+    with pytest.warns(UserWarning, match="not checked that no .* a SimpleNamespace") as caught:
+        fitted = Explicit(loss=loss).fit(model, batches)
+    assert len(caught) == 1
+    assert distance(fitted, rows) <= 1e-12
+
+    def forward(self, x):
+        assert len(x) == 8
+        return self.layer(x)
+
+    fixed = Apply(forward, layer=model)
+    with pytest.warns(UserWarning, match="the model runs on no part of the batch, a tuple"):
+        fitted = Explicit().fit(fixed, [(x, y)])
+    assert distance(fitted, rows) <= 1e-12
+
+
+def test_a_model_that_warns_of_small_batches_is_checked():
+    def forward(self, x):
+        if len(x) < 6:
+            warnings.warn("few examples", stacklevel=1)
+        return self.layer(x - x.mean(0))
+
+    model = Apply(forward, layer=nn.Linear(3, 2))
+    with pytest.raises(IFVPUsageError, match="the loss of one example depends on the others"):
+        Explicit().fit(model, [(torch.randn(6, 3), torch.arange(6) % 2)])

@@ -400,9 +400,9 @@ class GradientEngine:
         half of the batch.
         """
         n = run.shape[0]
-        for count in sorted({1, 2, n // 2} - {0}):
-            if count >= n:
-                return
+        if n == 1:
+            return
+        for count in sorted({1, 2, n // 2} & set(range(1, n))):
             ends = slice(0, count), slice(n - count, n)
             same = [self._is_same_alone(run, part) for part in ends]
             if False in same:
@@ -412,6 +412,11 @@ class GradientEngine:
                 )
             if None not in same:
                 return
+        self.doubt = self.doubt or (
+            "it was not checked that no example's loss depends on the others: the model runs on no "
+            f"part of the batch, a {type(run.batch).__name__}. If it does not depend on them, all "
+            "is right; a batch that is a tuple, list, mapping or dataclass of tensors can be cut."
+        )
 
     def _is_same_alone(self, run: _Pass, part: slice) -> bool | None:
         """Whether some examples have the same losses without the rest; None if they do not run."""

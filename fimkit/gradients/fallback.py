@@ -85,7 +85,8 @@ class FallbackGradients:
             Whether to compute in float64 throughout.
         """
         example = cut_out(part, cut, (batch, labels))
-        with contextlib.suppress(Exception):  # with gradients: without, torch takes other ways
+        # With gradients, without which torch takes other ways; and whatever warnings lead to.
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
             if double:
                 scalars = self._doubled(example)
             else:
