@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fimkit import Explicit, IFVPUsageError, ModelData, losses
 from fimkit.gradients.sampling import ExampleUniforms
-from tests import dense, reference
+from tests import dense, reference, state
 from tests.cases import split
 
 N = 9
@@ -500,9 +500,10 @@ def test_slices_of_data_have_the_draws_of_the_whole(name):
 
     data = ModelData(case.model(), as_dataset(case.batch()), batch_size=4)
     whole = drawn(data, random_state=2)
+    alike = partial(torch.testing.assert_close, rtol=1e-12, atol=0)  # outputs round by batch size
     for selected in ([4], [7, 2], list(range(1, N, 2)), list(range(N))[::-1]):
-        assert torch.equal(drawn(data[selected], random_state=2), whole[selected])
-        assert torch.equal(drawn(data[selected][::-1], random_state=2), whole[selected[::-1]])
+        alike(drawn(data[selected], random_state=2), whole[selected])
+        alike(drawn(data[selected][::-1], random_state=2), whole[selected[::-1]])
     assert not torch.equal(whole[:, 0], whole[:, 1]), "samples differ"
     assert not torch.equal(drawn(data, random_state=3), whole), "so do random states"
 
@@ -512,10 +513,9 @@ def test_random_states():
     case = BY_NAME["squared error"]
 
     def trace(random_state):
-        state = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
         fitted = Explicit(loss="mse", fisher="mc", random_state=random_state)
-        fitted.fit(case.model(), [case.batch()])
-        assert state == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+        with state.unchanged():
+            fitted.fit(case.model(), [case.batch()])
         return fitted.fisher_.trace()
 
     assert trace(4) == trace(4) != trace(5)
