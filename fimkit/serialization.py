@@ -7,6 +7,7 @@ later version is refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -68,6 +69,11 @@ def write(
         What JSON can hold.
     tensors : mapping of str to Tensor
         On any device.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
     """
     text = json.dumps(header)
     metadata = {
@@ -88,7 +94,11 @@ def write(
         }
     encoded = json.dumps(description).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors' bytes are aligned
-    target = Path(path)
+    target = Path(path).expanduser()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no such folder to write into; make it first", str(target.parent)
+        )
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with partial.open("xb") as file:
@@ -117,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     IFVPUsageError
         If the file was not written by fimkit, or by a later format of it, or is damaged.
     """
-    with Path(path).open("rb") as file:
+    with Path(path).expanduser().open("rb") as file:
         try:
             description = _described(file)
             metadata = description.pop("__metadata__")

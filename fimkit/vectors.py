@@ -88,7 +88,7 @@ class ParameterSpace:
                 f"vectors has shape {tuple(vectors.shape)}; expected ({self.size},) or "
                 f"(k, {self.size}), the selected parameters in named_parameters() order"
             )
-            if vectors.ndim and vectors.shape[-1] == self.full_size:
+            if vectors.ndim and vectors.shape[-1] == self.full_size != self.size:
                 message += (
                     f". A width of {self.full_size} is that of the full model, of which "
                     f"{self.size} numbers were selected for the fit; take their columns out first"

@@ -109,11 +109,12 @@ def _check_ekfac(ekfac, kfac, model, rows, batch, example_loss, tolerance):
     for module, training in flags.items():
         module.training = training
     left = torch.ones(len(F), dtype=torch.bool)
-    kinds = {}
+    kinds, dense_fisher = {}, torch.zeros_like(F)
     (fine, coarse) = (blocks_of(fitted) for fitted in (ekfac, kfac))
     for name, (here, operator) in fine.items():
         left[here] = False
         block, exact = operator.to_dense(), F[here[:, None], here]
+        dense_fisher[here[:, None], here] = block
         size = exact.norm() + 1e-6 * F.norm()
         if name not in ekfac.eigenvalues_:
             assert float((block - exact).norm() / size) <= tolerance, name
@@ -134,6 +135,11 @@ def _check_ekfac(ekfac, kfac, model, rows, batch, example_loss, tolerance):
         assert abs(float(block.trace() - exact.trace())) <= tolerance * float(exact.trace())
     assert not left.any()
     assert kinds, "no layer was Kronecker-factored"
+    damping = 0.1 * float(F.diagonal().mean())
+    damped = dense_fisher + damping * torch.eye(len(F)).to(F)
+    found = ekfac.set_params(regularization=damping).transform(rows)
+    given = rows.any(1)
+    assert reference.error(found[given], torch.linalg.solve(damped, rows.T).T[given]) <= tolerance
 
 
 def blocks_of(fitted):

@@ -335,7 +335,7 @@ FAILURES = {
     "a class as loss": (
         {"loss": nn.CrossEntropyLoss},
         lambda: (model(), [batch()]),
-        "loss=.*CrossEntropyLoss.* is not known",
+        r"loss=CrossEntropyLoss is a class; give an instance, CrossEntropyLoss\(\)",
     ),
     "a scalar loss": (
         {"loss": scalar_loss},
@@ -399,12 +399,17 @@ FAILURES = {
     "floating targets": (
         {},
         lambda: (model(), of_targets(torch.Tensor.double)),
-        r"needs integer class targets; got torch\.float64.*loss='mse'",
+        r"needs integer class targets; got a torch\.float64 tensor.*loss='mse'",
     ),
     "targets that are no tensor": (
         {},
         lambda: (model(), of_targets(torch.Tensor.tolist)),
-        "needs integer class targets; got list",
+        r"needs integer class targets; got a list of int.*torch\.tensor",
+    ),
+    "names of classes as targets": (
+        {},
+        lambda: (model(), [(batch()[0], ["a"] * len(batch()[0]))]),
+        "needs integer class targets; got a list of str.*LabelEncoder",
     ),
     "targets of another length": (
         {},
@@ -809,3 +814,99 @@ def test_labels_of_a_decoder_without_its_inputs(loss):
         Explicit(loss=loss).fit(EncoderDecoder(), [data])
     complete = {**data, "decoder_input_ids": ids.roll(1, 1)}
     assert Explicit().fit(EncoderDecoder(), [complete]).n_samples_seen_ == 4
+
+
+class Squeezing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+def test_a_batch_of_one_example_that_is_squeezed():
+    x, y = torch.randn(5, 3), torch.randn(5)
+    with pytest.raises(IFVPUsageError, match=r"batch 1: Squeezing.*one example.*\.squeeze\(-1\)"):
+        Explicit(loss="mse").fit(Squeezing(3, 1), [(x[:4], y[:4]), (x[4:], y[4:])])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (lambda x, y: (x.double(), y), r"inputs are float64 .* float32: .*\.to\(torch\.float32\)"),
+        (lambda x, y: (x[:, :2], y), r"input=float32 \(6, 2\).*cannot be multiplied.*layers take"),
+        (lambda x, y: ((x, x), y), r"given tuples or mappings.*\(x1, x2, targets\)"),
+        (lambda x, y: ({"input": x}, y), "given tuples or mappings.*with 'labels'"),
+    ],
+)
+def test_inputs_that_the_model_cannot_take(batch, message):
+    """The first batch's error says how the model was called, and what to do."""
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    with pytest.raises(IFVPUsageError, match=f"batch 0: Linear was called with .*{message}"):
+        Explicit().fit(nn.Linear(3, 2), [batch(x, y)])
+
+
+def test_a_tensor_in_the_place_of_a_batch():
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    with pytest.raises(IFVPUsageError, match=r"from \[x, y\] in place of .* such as \[\(x, y\)\]"):
+        Explicit().fit(nn.Linear(3, 2), [x, y])
+
+
+def test_maps_without_a_dimension_of_channels():
+    model, x = nn.Conv2d(1, 1, 1), torch.rand(3, 1, 2, 2)
+    with pytest.raises(IFVPUsageError, match=r"expected equal shapes.*targets\.unsqueeze\(1\)"):
+        Explicit(loss="bce").fit(model, [(x, x[:, 0])])
+
+
+def test_a_primal_form_beyond_memory():
+    model, x = nn.Linear(5_000_000, 1), torch.rand(2, 5_000_000)
+    with pytest.raises(IFVPUsageError, match=r"200,000 GB.*use solver='dual'"):
+        Explicit(loss="mse", solver="primal").fit(model, [(x, x[:, :1])])
+
+
+def test_vectors_of_three_dimensions():
+    fitted = Explicit().fit(nn.Linear(3, 2), [(torch.randn(6, 3), torch.arange(6) % 2)])
+    with pytest.raises(IFVPUsageError, match=r"shape \(1, 2, 8\).*named_parameters\(\) order\.$"):
+        fitted.transform(torch.zeros(1, 2, 8))
+
+
+def logarithms(model):
+    return nn.Sequential(model, nn.LogSoftmax(1))
+
+
+DOUBTFUL = [
+    ("cross_entropy", lambda m: nn.Sequential(m, nn.Softmax(1)), "takes logits.*with a softmax"),
+    (nn.CrossEntropyLoss(), lambda m: nn.Sequential(m, nn.Softmax(1)), "takes logits.*softmax"),
+    (
+        "bce",
+        lambda m: nn.Sequential(m, nn.Sigmoid(), nn.Unflatten(1, (2, 1)), nn.Flatten()),
+        "takes logits.*with a sigmoid",
+    ),
+    (nn.BCEWithLogitsLoss(), lambda m: nn.Sequential(m, nn.Sigmoid()), "takes logits.*sigmoid"),
+    (nn.NLLLoss(), lambda m: m, "takes logarithms of probabilities.*CrossEntropyLoss"),
+    (nn.NLLLoss(), lambda m: nn.Sequential(m, nn.Softmax(1)), "takes logarithms"),
+    (nn.CrossEntropyLoss(torch.ones(2)), lambda m: m, "weights have no effect.*reduction='sum'"),
+]
+
+
+@pytest.mark.parametrize(("loss", "build", "message"), DOUBTFUL)
+def test_what_is_likely_wrong_warns_once(loss, build, message):
+    binary = isinstance(loss, nn.BCEWithLogitsLoss) or loss == "bce"
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    y = torch.stack([y, 1 - y], 1).float() if binary else y
+    with pytest.warns(UserWarning, match=message) as caught:
+        EKFAC(loss=loss, cache_budget=0).fit(build(nn.Linear(3, 2)), [(x, y), (x, y)])
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "build"),
+    [
+        ("cross_entropy", logarithms),
+        (nn.NLLLoss(), logarithms),
+        ("cross_entropy", lambda m: nn.Sequential(m, nn.Sigmoid())),
+        (nn.CrossEntropyLoss(torch.ones(2), reduction="sum"), lambda m: m),
+        ("mse", lambda m: nn.Sequential(m, nn.Softmax(1))),
+    ],
+)
+def test_what_may_be_meant_does_not_warn(loss, build):
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    y = torch.stack([y, 1 - y], 1).float() if loss == "mse" else y
+    assert EKFAC(loss=loss).fit(build(nn.Linear(3, 2)), [(x, y)]).n_samples_seen_ == 6

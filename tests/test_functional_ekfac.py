@@ -239,6 +239,33 @@ def test_the_signature_is_the_documented_one():
     inspect.signature(ekfac.ifvp_at_x_ekfac, eval_str=True)  # every name in it is defined
 
 
+def in_tensor(memory, x):
+    return memory.setdefault(x.shape, torch.empty_like(x)).copy_(x)
+
+
+def in_array(memory, x):
+    array = memory.setdefault(x.shape, np.empty(x.shape))
+    array[:] = x
+    return torch.from_numpy(array)
+
+
+@pytest.mark.parametrize("write", [in_tensor, in_array])
+@pytest.mark.parametrize("batch_size", [1, 7, 10])
+def test_inputs_in_memory_that_is_written_to_again(batch_size, write):
+    """By the next batch, and by the first one's check of an example by itself."""
+    memory = {}
+
+    def forward(self, x):
+        return plain_forward(self, write(memory, x))
+
+    layer, cache = single(forward=forward)
+    ifvp = ifvp_at_x_ekfac(
+        single_func(layer), *single_data(), batch_size=batch_size, mlp_cache=cache, damping=DAMPING
+    )
+    v = randn(2, CLASSES, 4)
+    assert close(ifvp([v])[0], solved(single_matrix(), DAMPING, v))
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, N, 100])
 def test_equals_the_definition(batch_size, masked):

@@ -1,14 +1,18 @@
 """The examples of README.md run, and do what they say."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fimkit import Explicit
+import fimkit
+from fimkit import EKFAC, Explicit
 from tests.dense import distance, solve
 
 README = Path(__file__).parent.parent / "README.md"
@@ -79,3 +83,21 @@ def test_sklearn_example(tmp_path, monkeypatch):
     expected = Explicit(chosen.regularization_).fit(data).transform(data)
     assert np.array_equal(chosen.transform(data), expected)
     assert np.array_equal(names["loaded"].transform(data), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not README.exists(), reason="README.md is not here")
+def test_distributed_example(tmp_path):
+    code = block("distributed-example")
+    (tmp_path / "fit.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = {"PYTHONPATH": str(README.parent), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [*launch, "fit.py"], cwd=tmp_path, env={**os.environ, **path}, check=True, timeout=300
+    )
+    lines = code.splitlines()
+    names = run("\n".join(lines[: lines.index(next(li for li in lines if "is_available" in li))]))
+    alone = EKFAC().fit(names["model"], [names["train_set"][:]])
+    together = fimkit.load(tmp_path / "model.fimkit")
+    assert together.n_samples_seen_ == 200
+    assert distance(together.fisher_.to_dense(), alone.fisher_.to_dense()) < 1e-5

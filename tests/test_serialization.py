@@ -593,3 +593,18 @@ def test_files_of_version_1(path):
 
 def test_there_are_files_of_version_1():
     assert len(list(FORMATS.glob("1/*.fimkit"))) == 6
+
+
+def test_paths_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    batches = [(torch.randn(6, 3), torch.arange(6) % 2)]
+    EKFAC().fit(nn.Linear(3, 2), batches, checkpoint="~/states").save("~/small.fimkit")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.fimkit", "states"]
+    assert fimkit.load("~/small.fimkit").n_samples_seen_ == 6
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    fitted = EKFAC().fit(nn.Linear(3, 2), [(torch.randn(6, 3), torch.arange(6) % 2)])
+    with pytest.raises(FileNotFoundError, match="no such folder.*make it first") as caught:
+        fitted.save(tmp_path / "results" / "small.fimkit")
+    assert caught.value.filename == str(tmp_path / "results")

@@ -446,26 +446,6 @@ def test_places_guessed_without_gradients_are_looked_at_again():
     assert distance(fitted, rows) <= 1e-12
 
 
-def test_memory_that_the_model_works_in():
-    """Inputs that the next batch overwrites are copied."""
-
-    class Working(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
-            self.memory = torch.empty(N, 5, dtype=torch.float64)
-
-        def forward(self, x):
-            inputs = self.memory[: len(x)]
-            inputs.copy_(x)
-            return self.second(self.first(inputs).tanh())
-
-    model = Working().double()
-    batch = points()(N, torch.Generator().manual_seed(0))
-    rows = reference.gradients(model, reference.negative_log_likelihood, batch, N)
-    assert distance(Explicit(solver="dual").fit(model, split(batch, N, 4)), rows) <= 1e-12
-
-
 # -- small gradients beside large ones -------------------------------------------------------------
 
 
@@ -599,3 +579,49 @@ def test_dependence_is_refused_by_the_names_of_the_parameters():
     batch = points()(N, torch.Generator().manual_seed(0))
     with pytest.raises(IFVPUsageError, match=r"batch 0: .*'before\.weight'"):
         Explicit().fit(model, [batch])
+
+
+def broadcasting(model, x, y):
+    """Return losses of every output against every target, by mistake."""
+    return (model(x) - y).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch"),
+    [
+        (lambda model, batch: broadcasting(model, *batch), lambda x, y: (x, y)),
+        (lambda m, b: broadcasting(m, b["x"], b["y"]), lambda x, y: {"x": x, "y": y}),
+        (lambda m, b: broadcasting(m, b["x"], b["z"]), lambda x, y: {"x": x, "z": y}),
+        (lambda m, b: broadcasting(m, b[1], b[0]), lambda x, y: (y, x)),
+    ],
+    ids=["tuple", "by the name of targets", "by another name", "targets first"],
+)
+def test_targets_broadcast_against_outputs_are_refused(loss, batch):
+    """They are as long as the batch, and others in every batch: no tensor that examples share."""
+    model, x = nn.Linear(3, 1), torch.randn(8, 3)
+    y = torch.randn(8)
+    batches = [batch(x[:4], y[:4]), batch(x[4:], y[4:])]
+    for method in (Explicit, EKFAC):
+        with pytest.raises(IFVPUsageError, match=r"\(B, 1\) broadcast against targets \(B,\)"):
+            method(loss=loss).fit(model, batches)
+
+
+@pytest.mark.parametrize("method", [Explicit, DataInf, EKFAC])
+def test_a_model_that_needs_two_examples_and_mixes_them(method):
+    def forward(self, x):
+        return self.layer(nn.functional.batch_norm(x, None, None, training=True))
+
+    model = Apply(forward, layer=nn.Linear(3, 2))
+    with pytest.raises(IFVPUsageError, match="has another loss than in its batch"):
+        method().fit(model, [(torch.randn(6, 3), torch.arange(6) % 2)])
+
+
+def test_a_model_that_needs_two_examples_and_keeps_them_apart():
+    def forward(self, x):
+        assert len(x) > 1
+        return self.layer(x)
+
+    model = Apply(forward, layer=nn.Linear(3, 2)).double()
+    batch = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    rows = reference.gradients(model.layer, reference.negative_log_likelihood, batch, 6)
+    assert distance(Explicit().fit(model, [batch]), rows) <= 1e-12

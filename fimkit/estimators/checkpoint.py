@@ -192,7 +192,7 @@ def _made(folder: Any) -> Path:
         raise IFVPUsageError(
             f"checkpoint is {described(folder)}; expected the path of a folder, or None."
         )
-    path = Path(os.fsdecode(folder))
+    path = Path(os.fsdecode(folder)).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -341,7 +341,9 @@ class Run:
         )
         for i, (indices, batch) in progress:
             self._check_again(i, batch)
-            self._warn(i, batch)
+            is_new = i >= len(self.sizes)
+            if is_new and not self._has_warned:
+                self._warn(i, self.settings.objective.loss.doubt(batch))
             uniforms = ExampleUniforms(
                 self.settings.seed, before if indices is None else indices, self._numbering
             )
@@ -352,6 +354,8 @@ class Run:
             except Exception as error:
                 error.add_note(f"in batch {i} of the data")
                 raise
+            if is_new:
+                self._warn(i, self.engine.doubt)
             if isinstance(self.data, ModelData) and len(indices) != gradients.n:
                 raise IFVPUsageError(
                     f"batch {i}: {len(indices)} examples of the ModelData gave {gradients.n} "
@@ -378,12 +382,9 @@ class Run:
             )
         self._refuse_infinite()
 
-    def _warn(self, i: int, batch: Any) -> None:
-        """Warn once of what the loss doubts about batches that are passed for the first time."""
-        if self._has_warned or i < len(self.sizes):
-            return
-        doubt = self.settings.objective.loss.doubt(batch)
-        if doubt is not None:
+    def _warn(self, i: int, doubt: str | None) -> None:
+        """Warn of what the loss doubts about a batch, once."""
+        if doubt is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(f"batch {i}: {doubt}", UserWarning, stacklevel=2)
 

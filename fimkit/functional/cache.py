@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.ownership import version
 
 __all__ = ["EKFAC_CACHE_KEY", "MLPCache", "RecordedPair", "manual_cache_forward"]
 
@@ -49,7 +50,7 @@ class RecordedPair(tuple[Tensor, Tensor]):
         return self.versions != self._versions_now()
 
     def _versions_now(self) -> tuple[int, ...]:
-        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self)
+        return tuple(version(tensor) for tensor in self)
 
 
 class _RecordedPairs(list[tuple[Tensor, Tensor]]):

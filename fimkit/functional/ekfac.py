@@ -210,7 +210,7 @@ def _each(
 
 def _sides(batch: RecordedBatch) -> tuple[list[Tensor], list[Tensor]]:
     """Return the inputs of all layers, and the gradients at their outputs."""
-    rows = [rows for cache in batch.layers for calls in cache for rows in calls]
+    rows = batch.rows()
     return [each.inputs for each in rows], [each.signals for each in rows]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.tables import TablesLeftAlone
 from fimkit.gradients.tree import map_tensors, tensors
 from fimkit.operators import Columns, DenseRows, RowMatrix
 from fimkit.operators.memory import chunks
@@ -84,7 +85,9 @@ class Program:
         for index, argument in enumerate(self._arguments):
             if index not in rebuilt:
                 rebuilt[index] = map_tensors(lambda _: next(others), argument)
-        return _scalar(self._func(*(rebuilt[index] for index in range(len(rebuilt)))))
+        with TablesLeftAlone():
+            value = self._func(*(rebuilt[index] for index in range(len(rebuilt))))
+        return _scalar(value)
 
     def whole(self) -> tuple[Losses, Gradients]:
         """Return the loss ``(1,)`` and gradient ``(1, *shape)`` of the whole call.

@@ -21,6 +21,8 @@ from fimkit.functional.independence import (
     layer_name,
 )
 from fimkit.gradients import AmbientAutocast
+from fimkit.gradients.ownership import owned
+from fimkit.gradients.tables import TablesLeftAlone
 from fimkit.gradients.tree import map_tensors, tensors
 from fimkit.operators import FactoredRows, MatrixLayout
 from fimkit.replay import RandomStates
@@ -102,6 +104,16 @@ class RecordedBatch:
         """Return the shape of every layer."""
         return [[calls[0].layout for calls in cache] for cache in self.layers]
 
+    def rows(self) -> list[FactoredRows]:
+        """Return the calls of all layers."""
+        return [rows for cache in self.layers for calls in cache for rows in calls]
+
+    def own_inputs(self) -> None:
+        """Copy inputs that others may write to."""
+        calls = self.rows()
+        for rows, inputs in zip(calls, owned([rows.inputs for rows in calls]), strict=True):
+            rows.inputs = inputs
+
 
 class Recorder:
     """Calls a function on batches, and gathers what it records in its caches.
@@ -135,6 +147,7 @@ class Recorder:
         for index, (size, arguments) in enumerate(zip(batches.sizes, batches, strict=True)):
             states = RandomStates() if self._layouts is None and size > 1 else None
             batch = self._record(arguments, size, index)
+            batch.own_inputs()  # before func runs again
             _check_mask(batch)
             # With random numbers of its own a lone example has another loss.
             if states is not None and not states.passed():
@@ -152,7 +165,7 @@ class Recorder:
         try:
             for cache in self._caches:
                 cache.start()
-            with self._autocast.restored():
+            with self._autocast.restored(), TablesLeftAlone():
                 losses, mask = _outputs(self._func(*arguments), size)
             pairs = [_pairs(cache, size, i) for i, cache in enumerate(self._caches)]
             hidden = {
@@ -239,8 +252,8 @@ def _check_pair(pair: RecordedPair, size: int, name: str) -> None:
 
 
 def _factored(pair: RecordedPair, signals: Tensor) -> FactoredRows:
-    a, dtype = pair[0].detach(), torch.promote_types(signals.dtype, torch.float32)
-    a = a.to(signals.device, dtype).reshape(a.shape[0], -1, 1, a.shape[-1])
+    a, dtype = pair[0], torch.promote_types(signals.dtype, torch.float32)
+    a = a.to(signals.device, dtype).reshape(a.shape[0], -1, 1, a.shape[-1]).detach()
     s = signals.to(dtype).reshape(signals.shape[0], 1, -1, 1, signals.shape[-1])
     return FactoredRows(a, s, MatrixLayout(1, s.shape[-1], a.shape[-1]))
 
@@ -289,7 +302,7 @@ def _check_mask(batch: RecordedBatch) -> None:
     """Refuse a mask that masks something, but fits no layer."""
     if batch.mask is None or batch.mask.all():
         return
-    positions = {rows.positions for cache in batch.layers for calls in cache for rows in calls}
+    positions = {rows.positions for rows in batch.rows()}
     if batch.mask.shape[1] not in positions:
         raise IFVPUsageError(
             f"func returned a mask of shape {tuple(batch.mask.shape)}, but the recorded layers "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fimkit.gradients.ownership import version
 from fimkit.gradients.rules import ENTERED, RULES, EmbeddingUse, ParameterIndex, Use
 from fimkit.gradients.steady import is_steady
+from fimkit.gradients.tables import refuse_bounding
 
 __all__ = ["Capture"]
 
@@ -26,6 +28,8 @@ class Capture(TorchFunctionMode):
     ----------
     parameters : mapping of str to Tensor
         The tracked parameters.
+    restored : collection of int
+        The ``id`` of tables that looking up may change, as they are restored.
 
     Attributes
     ----------
@@ -40,8 +44,9 @@ class Capture(TorchFunctionMode):
         Whether no call seen can move examples as the numbers in the batch say.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], restored: Collection[int] = ()) -> None:
         super().__init__()
+        self._restored = restored
         self.uses: list[Use] = []
         self.detached: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
@@ -56,6 +61,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_bounding(func, args, kwargs, self._restored)
         if func in ENTERED:
             with self:
                 return ENTERED[func](*args, **kwargs)
@@ -76,6 +82,7 @@ class Capture(TorchFunctionMode):
             # An activation in place on a view would cut the edge recorded here out of the graph.
             output = output.clone()
         use.observe(output)
+        use.version = version(use.x)
         use.edge = get_gradient_edge(output)
         if use.replaces in self.uses:
             self.uses.remove(use.replaces)

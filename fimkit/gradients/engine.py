@@ -23,10 +23,12 @@ from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.layout import BatchLayout
-from fimkit.gradients.modes import AmbientAutocast, held_tensors
+from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
+from fimkit.gradients.ownership import owned, version
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
+from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
 from fimkit.losses import Uniforms
@@ -42,7 +44,8 @@ UNSEEN = "no gradient seen"
 
 _DEPENDENT = (
     "the loss of one example depends on the others in its batch (batch statistics, a division by "
-    "the batch's length), or differs between calls (randomness in the model)"
+    "the batch's length, outputs (B, 1) broadcast against targets (B,)), or differs between calls "
+    "(randomness in the model, which may be drawn in the dataset instead, or replaced by its mean)"
 )
 
 
@@ -50,7 +53,8 @@ _DEPENDENT = (
 class _Pass:
     """One forward pass: the scalars, by column and stacked, and what was captured on the way.
 
-    The precision is the coarsest dtype that it computed in.
+    The precision is the coarsest dtype that it computed in; overwritten are parameters of calls
+    whose inputs were written to later in the pass.
     """
 
     batch: Any
@@ -60,6 +64,7 @@ class _Pass:
     weights: Tensor | None
     mask: Tensor | None
     uses: list[Use]
+    overwritten: set[str]
     graph: frozenset[tuple[Any, int]]
     precision: torch.dtype
     steady: bool
@@ -68,6 +73,14 @@ class _Pass:
     def shape(self) -> tuple[int, int]:
         """Examples and rows per example."""
         return self.scalars.shape[0], self.scalars.shape[1]
+
+    def release(self) -> None:
+        """Let the graph go, and own what is kept of the calls, as the model may run again."""
+        self.scalars, self.columns = self.scalars.detach(), ()
+        for use in self.uses:
+            del use.edge
+        for use, x in zip(self.uses, owned([use.x for use in self.uses]), strict=True):
+            use.x = x
 
     @property
     def key(self) -> Any:
@@ -111,6 +124,8 @@ class GradientEngine:
     ----------
     coverage : dict of str to str
         How each parameter's gradients are obtained.
+    doubt : str or None
+        What is likely wrong about the first batch's outputs.
     """
 
     def __init__(
@@ -131,11 +146,13 @@ class GradientEngine:
         self._blocks = blocks
         named = dict(model.named_parameters())
         self._parameters = {name: named[name] for name in space.shapes}
+        self._restored = {id(table) for table in bounded_tables(model)}
         self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
         self._found: dict[Any, _Found] = {}
         self.coverage = dict.fromkeys(space.shapes, UNSEEN)
+        self.doubt: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been found out about the parameters, besides what every run finds."""
@@ -166,25 +183,33 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
-        shared = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in (*tensors(batch), *held_tensors(self._model))
-            if tensor.layout == torch.strided  # a sparse one has no storage, nor any view
-        }
-        for use in run.uses:  # before the model runs again
-            use.own_input(shared)
-        signals = self._signals(run)
-        key = run.key
-        found = self._found.get(key)
-        if found is None or not self._holds(found, run, signals):
+        if not self._fallback.shares(batch):
+            raise IFVPUsageError(
+                "each example's loss depends on the whole of a tensor of the batch, which is as "
+                "long as the batch and another in every batch, so that it holds the examples: "
+                f"{_DEPENDENT}. Remove the dependence."
+            )
+        try:
+            signals = self._signals(run)
+            found = self._known(run, signals) or RandomSum(
+                run.scalars, run.uses, self._parameters, run.precision
+            )
+        except RuntimeError as error:  # autograd's, which needs the inputs as well
+            if not run.overwritten:
+                raise
+            raise IFVPUsageError(
+                f"an input of the call on {some_names(sorted(run.overwritten), 3)} was changed in "
+                "place after the call, and gradients there need it; give the call a copy, such as "
+                "layer(x.clone()), or change another tensor, such as relu(x) for relu_(x)."
+            ) from error
+        run.release()
+        if isinstance(found, RandomSum):
             # Checks run the model again; where it draws random numbers, a second pass, which needs
             # no checks, is to meet the same.
             with RandomStates():
-                found = self._verify(run, signals)
+                found = self._verify(run, signals, found)
             if found.proven:
-                self._found[key] = found
-        for use in run.uses:
-            del use.edge  # it holds the graph, which may go now
+                self._found[run.key] = found
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
 
     def regroup(self) -> None:
@@ -196,10 +221,12 @@ class GradientEngine:
         versions = [tensor._version for tensor in tensors(batch)]
         loss, called = self._objective.loss, False
         try:
-            with self._autocast.restored(), Capture(self._parameters) as capture:
+            with self._autocast.restored(), Capture(self._parameters, self._restored) as capture:
                 loss.targets(batch)  # refuses a batch without any
                 outputs = loss.outputs(self._model, batch)
                 called = True
+                if not self._found:
+                    self.doubt = loss.doubt_outputs(outputs)
                 labels = self._objective.labels(outputs, batch, uniforms)
                 columns, weights, mask = self._objective.columns(outputs, labels)
                 scalars = torch.stack(tuple(columns), 1)
@@ -230,6 +257,7 @@ class GradientEngine:
             mask = self._objective.checked_mask(mask, len(scalars))
         graph = graph_shape(scalars, capture.detached)
         self._refuse_foreign(graph)
+        changed = [use for use in capture.uses if version(use.x) != use.version]
         precision = max(capture.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         return _Pass(
             batch,
@@ -239,6 +267,7 @@ class GradientEngine:
             weights,
             mask,
             capture.uses,
+            {name for use in changed for name in use.names},
             graph,
             precision,
             capture.steady,
@@ -265,21 +294,23 @@ class GradientEngine:
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _holds(self, found: _Found, run: _Pass, signals: list[Tensor | None]) -> bool:
-        """Whether layouts that were found in another batch are those of this one."""
+    def _known(self, run: _Pass, signals: list[Tensor | None]) -> _Found | None:
+        """Return what was found in another batch, where it holds in this one."""
+        found = self._found.get(run.key)
+        if found is None or not run.overwritten <= self._fallback_names:
+            return None
         if run.steady and not found.guessed:
-            return True
+            return found
         # What decides where examples are may be in the data.
         located = _locate(run, signals, found.layouts)
         calls = [(item.use, item.signals, item.layout) for item in located]
-        return still_fit(run.scalars, calls, run.precision)
+        return found if still_fit(run.scalars, calls, run.precision) else None
 
-    def _verify(self, run: _Pass, signals: list[Tensor | None]) -> _Found:
+    def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> _Found:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
         """
-        check = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
         check.refuse_infinite()
         layouts = [
             check.find(i, use, signal)
@@ -288,12 +319,12 @@ class GradientEngine:
         for use, layout in zip(run.uses, layouts, strict=True):
             if layout is None:
                 self._fallback_names.update(use.names)
-        self._fallback_names.update(self._used_unseen(run))
+        self._fallback_names.update(run.overwritten, self._used_unseen(run))
         located = _locate(run, signals, layouts)
         while True:  # what falls back may pair the rest in another way
             groups = self._groups or self._pair(run.uses)
             captured = self._collect(run, located, {}, groups)
-            wrong = check.disagreeing(captured, self._places(fallback=False))
+            wrong = check.disagreeing(captured, self._names(fallback=False))
             if not wrong:
                 break
             self._fallback_names.update(wrong)
@@ -320,9 +351,8 @@ class GradientEngine:
     def _pair(self, uses: list[Use]) -> list[Group]:
         return pair_parameters(self._space.shapes, uses, self._fallback_names, self._blocks)
 
-    def _places(self, *, fallback: bool) -> dict[str, slice]:
-        places = self._space.slices.items()
-        return {name: s for name, s in places if (name in self._fallback_names) == fallback}
+    def _names(self, *, fallback: bool) -> list[str]:
+        return [n for n in self._space.shapes if (n in self._fallback_names) == fallback]
 
     def _verify_fallback(self, run: _Pass, check: RandomSum) -> None:
         if not self._fallback_names:
@@ -336,8 +366,9 @@ class GradientEngine:
             except Exception as error:  # of a wrong cut, or truly a fault
                 problem = problem or error
                 continue
-            wrong = check.disagreeing(rows, self._places(fallback=True))
+            wrong = check.disagreeing(rows, self._names(fallback=True))
             if not wrong:
+                self._fallback.share(cut, run.batch, run.shape[0])
                 return
         n, length = run.shape[0], common_length(run.batch)
         if length is not None and n > length and n % length == 0:
@@ -350,22 +381,40 @@ class GradientEngine:
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"
             f"{alone}: {_DEPENDENT}, or a tensor of the batch has its examples neither along its "
-            "first nor its second dimension, or a hook on the parameter changes its gradient. "
-            "Remove the cause, or leave these parameters out with parameters=."
+            "first nor its second dimension, or the model takes them along another one than they "
+            "lie (recurrent and attention layers without batch_first=True), or a hook on the "
+            "parameter changes its gradient. Remove the cause, or leave these parameters out with "
+            "parameters=."
         ) from problem
 
     def _verify_alone(self, run: _Pass) -> None:
-        """Refuse losses of an example that are others without the rest of its batch."""
-        if run.shape[0] < 2:
-            return
-        for i in (0, run.shape[0] - 1):
-            own = run.scalars[i : i + 1]
-            alone = self._fallback.alone(i, run.batch, run.labels, run.shape[0])
-            if not any(s is None or same_scalars(s, own, run.precision) for s in alone):
+        """Refuse losses of examples that are others without the rest of their batch.
+
+        The first is run alone and the last; two of them, where the model does not run on one.
+        """
+        n = run.shape[0]
+        for count in (1, 2):
+            if count >= n:
+                return
+            ends = slice(0, count), slice(n - count, n)
+            same = [self._is_same_alone(run, part) for part in ends]
+            if False in same:
                 raise IFVPUsageError(
                     f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
                     "the dependence."
                 )
+            if None not in same:
+                return
+
+    def _is_same_alone(self, run: _Pass, part: slice) -> bool | None:
+        """Whether some examples have the same losses without the rest; None if they do not run."""
+        ran = None
+        for cut, alone in self._fallback.alone(part, run.batch, run.labels, run.shape[0]):
+            if same_scalars(alone, run.scalars[part], run.precision):
+                self._fallback.share(cut, run.batch, run.shape[0])
+                return True
+            ran = False
+        return ran
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ __all__ = ["FallbackGradients"]
 #: For each tensor of a batch and its labels the dimension that holds the examples, None where all
 #: examples share it.
 Cut = tuple[int | None, ...]
+
+# What the targets of a mapping are called; `Loss.targets` takes only the first.
+_TARGETS = ("labels", "label", "targets", "target", "y")
 
 # Bytes of per-example gradients that one vmapped call may produce.
 _VMAP_BUDGET = 64 * 2**20
@@ -45,6 +48,7 @@ class FallbackGradients:
         self._autocast = autocast
         self.vectorized = True
         self._cut: Cut | None = None
+        self._shared: dict[int, Tensor] = {}
 
     @property
     def description(self) -> str:
@@ -61,16 +65,17 @@ class FallbackGradients:
         n : int
             Number of examples.
         """
-        own = len(tensors(batch))
         leaves = tensors((batch, labels))
+        targets = {id(leaf) for leaf in tensors((_targets(batch), labels))}
         options = [[dim for dim in (0, 1) if _holds(leaf, dim, n)] for leaf in leaves]
         first, last = ([dims[end] if dims else None for dims in options] for end in (0, -1))
         found = [] if self._cut is None or not _fits(self._cut, leaves, n) else [self._cut]
         for cut in (first, last):
             found.append(tuple(cut))
             # A tensor that all examples share may happen to be as long as the batch.
-            for i in range(own):
-                found.append((*cut[:i], None, *cut[i + 1 :]))
+            for i, leaf in enumerate(leaves):
+                if id(leaf) not in targets:
+                    found.append((*cut[:i], None, *cut[i + 1 :]))
         return list(dict.fromkeys(found))
 
     def use(self, cut: Cut) -> None:
@@ -78,21 +83,32 @@ class FallbackGradients:
         if cut != self._cut:
             self._cut, self.vectorized = cut, True
 
-    def alone(self, i: int, batch: Any, labels: list[Any], n: int) -> Iterator[Tensor | None]:
-        """Yield an example's scalars without the rest, by each way to cut it out.
+    def share(self, cut: Cut, batch: Any, n: int) -> None:
+        """Take what a cut leaves whole, and might have cut, for the same in every batch."""
+        for i, (dim, leaf) in enumerate(zip(cut, tensors(batch), strict=False)):
+            if dim is None and _holds(leaf, 0, n):
+                self._shared.setdefault(i, leaf.clone())
 
-        None at the end, if the model could not be run on it by any.
+    def shares(self, batch: Any) -> bool:
+        """Whether all that was taken for shared is the same in this batch."""
+        leaves = tensors(batch) if self._shared else []
+        return all(
+            i < len(leaves) and torch.equal(leaves[i], shared) for i, shared in self._shared.items()
+        )
+
+    def alone(
+        self, part: slice, batch: Any, labels: list[Any], n: int
+    ) -> Iterator[tuple[Cut, Tensor]]:
+        """Yield some examples' scalars without the rest, with each way to cut them out.
+
+        There is none if the model cannot be run on them.
         """
-        ran = False
         for cut in self.cuts(batch, labels, n):
             scalars: Tensor | None = None
             with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
-                scalars = self._program(*_example(i, cut, (batch, labels)))
-            if scalars is not None and len(scalars) == 1:
-                ran = True
-                yield scalars
-        if not ran:
-            yield None
+                scalars = self._program(*_examples(part, cut, (batch, labels)))
+            if scalars is not None and len(scalars) == part.stop - part.start:
+                yield cut, scalars
 
     def rows(
         self, names: Sequence[str], batch: Any, labels: list[Any], n: int
@@ -148,7 +164,7 @@ class FallbackGradients:
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(n):
-            scalars = self._program(*_example(i, cut, (batch, labels)))
+            scalars = self._program(*_examples(slice(i, i + 1), cut, (batch, labels)))
             if scalars.shape[0] != 1:
                 raise IFVPUsageError(
                     "a single example cut out of the batch gave losses of shape "
@@ -166,13 +182,20 @@ class FallbackGradients:
         return [torch.stack(out) for out in rows]
 
 
-def _example(i: int, cut: Cut, batch: Any) -> Any:
-    """Return what a batch holds of one example, and all that examples share."""
+def _targets(batch: Any) -> Any:
+    """Return what stands where a batch has its targets, of which each example has its own."""
+    if isinstance(batch, Mapping):
+        return [value for key, value in batch.items() if key in _TARGETS]
+    return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+
+
+def _examples(part: slice, cut: Cut, batch: Any) -> Any:
+    """Return what a batch holds of some examples, and all that examples share."""
     dims = iter(cut)
 
     def of_tensor(tensor: Tensor) -> Tensor:
         dim = next(dims)
-        return tensor if dim is None else tensor.narrow(dim, i, 1)
+        return tensor if dim is None else tensor.narrow(dim, part.start, part.stop - part.start)
 
     return map_tensors(of_tensor, batch)
 

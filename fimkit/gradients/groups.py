@@ -94,6 +94,11 @@ class GroupGradients:
         return self.group.weight
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What rows are in."""
+        return self._like.dtype
+
+    @property
     def empty(self) -> bool:
         """Whether no example met the group."""
         return not self.calls and self.given is None

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fimkit.gradients.tables import tables_restored
+
 __all__ = [
     "AmbientAutocast",
     "EvaluationTurns",
     "differentiating",
     "evaluating",
-    "held_tensors",
     "unwrap",
 ]
 
@@ -34,13 +35,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors that a model may write to: its buffers and its modules' attributes."""
-    yield from model.buffers()
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 class AmbientAutocast:
@@ -117,7 +111,7 @@ class EvaluationTurns:
             stack.enter_context(torch.random.fork_rng(indices))
             if "torch._dynamo" in sys.modules:  # else nothing was compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_tables_restored(self._model))
+            stack.enter_context(tables_restored(self._model))
             if self._random:
                 torch.set_rng_state(self._random[0])
                 for index, state in zip(indices, self._random[1:], strict=True):
@@ -131,23 +125,6 @@ class EvaluationTurns:
                     module.training = training
                 of_devices = [torch.cuda.get_rng_state(index) for index in indices]
                 self._random = [torch.get_rng_state(), *of_devices]
-
-
-@contextmanager
-def _tables_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what looking up does to tables with ``max_norm``: rows are scaled down in place."""
-    tables = [
-        (module.weight, module.weight.detach().clone(), module.weight._version)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, values, version in tables:
-                if weight._version != version:
-                    weight.copy_(values)
 
 
 def _exact_cudnn(model: nn.Module) -> AbstractContextManager[None]:

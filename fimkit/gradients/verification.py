@@ -172,41 +172,38 @@ class RandomSum:
                 "a diverged model."
             )
 
-    def disagreeing(self, gradients: BatchGradients, places: Mapping[str, slice]) -> list[str]:
-        """Return the parameters whose rows do not add up to autograd's gradient.
+    def disagreeing(self, gradients: BatchGradients, names: Sequence[str]) -> list[str]:
+        """Return the parameters, of those named, whose rows do not add up to autograd's gradient.
 
-        Parameters
-        ----------
-        gradients : BatchGradients
-            Gradients of the groups to check.
-        places : mapping of str to slice
-            Where each parameter to check lies in the flat vector.
+        Rows that there are none of are zero.
         """
         if not gradients.groups:
             return []
-        found = [self._combined(group) for group in gradients.groups]
-        sums, magnitudes = found[0][0].new_zeros(2, gradients.size)
-        for group, (total, bound) in zip(gradients.groups, found, strict=True):
-            group.columns.put(sums[None], total)
-            group.columns.put(magnitudes[None], bound)
+        true = {name: _norm(gradient) for name, gradient in self._parameters.items()}
         dtypes = {gradient.dtype for gradient in self._parameters.values()} | {self._precision}
-        tolerance = max(_tolerance(dtype) for dtype in (*dtypes, sums.dtype))
-        floor = min(tolerance, 100 * max(torch.finfo(dtype).eps for dtype in dtypes))
-        everything = sum(_norm(gradient) ** 2 for gradient in self._parameters.values()) ** 0.5
-        wrong = []
-        for name, place in places.items():
-            true = self._parameters[name].flatten().to(sums)
-            scale = max(_norm(magnitudes[place]), _norm(true))
-            error = _norm(sums[place] - true)
-            if not error <= tolerance * scale + floor * everything:
-                wrong.append(name)
-        return wrong
+        finest = max(100 * torch.finfo(dtype).eps for dtype in dtypes)
+        dtypes |= {group.dtype for group in gradients.groups}
+        tolerance = max(_tolerance(dtype) for dtype in dtypes)
+        everything = min(tolerance, finest) * sum(norm**2 for norm in true.values()) ** 0.5
+        found = {name: (norm, norm) for name, norm in true.items()}
+        for group in gradients.groups:  # each takes its parameters' memory several times
+            found.update(self._compared(group))
+        return [n for n in names if not found[n][0] <= tolerance * found[n][1] + everything]
 
-    def _combined(self, group: GroupGradients) -> tuple[Tensor, Tensor]:
-        """Return the random sum of a group's rows, and a bound on the sizes of what it adds up."""
+    def _compared(self, group: GroupGradients) -> dict[str, tuple[float, float]]:
+        """Return, of each parameter, the error of its rows' sum, and the size of what it adds."""
         rows = group.rows()
         weights = self.coefficients.to(rows.device, rows.dtype)[None]
-        return rows.combine(weights), rows.magnitudes().combine(weights.abs())
+        true = {name: self._parameters[name].flatten() for name in group.group.names}
+        sizes = [gradient.numel() for gradient in true.values()]
+        sums = torch.split(rows.combine(weights)[0], sizes)
+        errors = [_norm(one - own.to(one)) for one, own in zip(sums, true.values(), strict=True)]
+        del sums
+        bounds = torch.split(rows.magnitudes().combine(weights.abs())[0], sizes)
+        return {
+            name: (error, max(_norm(bound), _norm(own)))
+            for (name, own), error, bound in zip(true.items(), errors, bounds, strict=True)
+        }
 
 
 def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, int]]:

@@ -64,6 +64,10 @@ def resolve_loss(loss: Any) -> Loss:
         return ModuleLoss(loss)
     if callable(loss) and not isinstance(loss, type):
         return CallableLoss(loss)
+    if isinstance(loss, type) and issubclass(loss, nn.Module | Loss):
+        raise IFVPUsageError(
+            f"loss={loss.__name__} is a class; give an instance, {loss.__name__}()."
+        )
     raise IFVPUsageError(
         f"loss={loss!r} is not known; expected one of {sorted(LOSSES)}, a torch loss module, a "
         "fimkit.losses.Loss, or a callable loss(model, batch) returning (B,) losses."

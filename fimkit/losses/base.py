@@ -54,6 +54,13 @@ class Loss:
         """
         return None
 
+    def doubt_outputs(self, outputs: Any) -> str | None:
+        """Return what is likely wrong about outputs that a loss can be computed of, as a warning.
+
+        Asked of the first batch's.
+        """
+        return None
+
     def losses(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the loss of each example, shape ``(B,)``, or ``(losses, mask)``."""
         raise NotImplementedError
@@ -138,7 +145,20 @@ def run(model: nn.Module, batch: Any) -> Any:
     """Return what the model returns for the inputs of a batch."""
     _refuse_missing_decoder_inputs(model, batch)
     args, kwargs = arguments_of(batch)
-    return model(*args, **kwargs)
+    out = model(*args, **kwargs)
+    _refuse_squeezed(model, out, (*args, *kwargs.values()))
+    return out
+
+
+def _refuse_squeezed(model: nn.Module, out: Any, inputs: Sequence[Any]) -> None:
+    """Refuse a number where a batch of one example was given: its dimension was dropped."""
+    alone = any(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in inputs)
+    if alone and isinstance(out, Tensor) and not out.ndim:
+        raise IFVPUsageError(
+            f"{type(model).__name__} returned a tensor without dimensions for a batch of one "
+            "example, whose dimension a .squeeze() drops with the others; name the one to drop, "
+            "such as .squeeze(-1)."
+        )
 
 
 def _refuse_missing_decoder_inputs(model: nn.Module, batch: Any) -> None:
@@ -179,6 +199,11 @@ def _sequence(batch: Any) -> Sequence[Any]:
     found = type(batch).__name__
     if isinstance(batch, tuple | list):
         found += f" of length {len(batch)}"
+    if isinstance(batch, Tensor):
+        found += (
+            ", as from [x, y] in place of a list of batches such as [(x, y)], or from data without "
+            "targets"
+        )
     raise IFVPUsageError(
         f"a batch must be a tuple or list (*inputs, targets), or a mapping with 'labels'; got "
         f"{found}. Give the targets as well, for instance as ModelData(model, (inputs, targets)), "

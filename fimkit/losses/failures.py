@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from numbers import Number
 from typing import Any
@@ -14,6 +15,9 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.losses.base import CallableLoss, Loss, arguments_of
 
 __all__ = ["explained"]
+
+# What torch says of tensors whose shapes do not fit together.
+_OF_SHAPES = re.compile("shape|size|dimension|channels")
 
 
 def explained(
@@ -43,7 +47,7 @@ def explained(
         remedy = _of_function(error, loss, model, batch) or of_batch
         how = f"{loss.name} was called as loss(model, batch)"
     else:
-        remedy = of_batch or _of_call(error, model, batch)
+        remedy = of_batch or _of_call(error, model, batch) or _of_tensors(error, model, batch)
         how = f"{type(model).__name__} was called with ({_told_arguments(model, batch)})"
     if remedy is None:
         return None
@@ -95,12 +99,41 @@ def _of_call(error: Exception, model: nn.Module, batch: Any) -> str | None:
             "leave out what is neither (such as indices) by the dataset or collate_fn."
         )
         return f"It takes ({names}). {given} Or pass a callable loss(model, batch)."
+    if isinstance(error, TypeError) and any(map(_is_container, (*args, *kwargs.values()))):
+        return (
+            f"It takes ({names}), and was given tuples or mappings as they are in the batch. All "
+            "elements of a batch but the last are inputs: give (x1, x2, targets) for ((x1, x2), "
+            "targets), or a mapping of the arguments with 'labels' for ({...}, targets), or pass a "
+            "callable loss(model, batch)."
+        )
     if len(args) > 1 and not isinstance(error, RuntimeError):
         return (
             f"It takes ({names}), in this order. Give a mapping with these names and 'labels', "
             "such as {'input_ids': ids, 'attention_mask': mask, 'labels': labels}, or the inputs "
             "in that order."
         )
+    return None
+
+
+def _of_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
+    """Return how the dtypes or the shapes of inputs do not suit the model."""
+    if type(error) is not RuntimeError:
+        return None
+    args, kwargs = arguments_of(batch)
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    given, taken = (
+        {tensor.dtype for tensor in found if tensor.is_floating_point()}
+        for found in (inputs, model.parameters())
+    )
+    if given and taken and given.isdisjoint(taken):
+        names = [" and ".join(sorted(map(_dtype, dtypes))) for dtypes in (given, taken)]
+        return (
+            f"The inputs are {names[0]} and the model's parameters {names[1]}: convert the inputs, "
+            f"such as by .to(torch.{_dtype(min(taken, key=str))}) in the dataset or collate_fn, or "
+            "the model, such as by model.double()."
+        )
+    if _OF_SHAPES.search(str(error)):
+        return "Compare the inputs' shapes with what the model's layers take."
     return None
 
 
@@ -135,10 +168,14 @@ def _told_arguments(model: nn.Module, batch: Any) -> str:
     return _joined(told + [f"{key}={_brief(value)}" for key, value in kwargs.items()])
 
 
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _brief(value: Any) -> str:
     """Return dtypes and shapes of the tensors in a value, and types of the rest."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return f"{_dtype(value.dtype)} {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return "{" + _joined([f"{key}: {_brief(item)}" for key, item in value.items()]) + "}"
     if isinstance(value, list):

@@ -11,6 +11,7 @@ from scipy.stats import poisson
 from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.losses.activations import not_logits
 from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
 from fimkit.losses.tokens import unshifted
 
@@ -78,6 +79,10 @@ class CrossEntropy(Loss):
     def doubt(self, batch: Any) -> str | None:
         """Return that labels are the tokens themselves, which are compared unshifted."""
         return unshifted(batch, self.name, self.ignore_index)
+
+    def doubt_outputs(self, outputs: Any) -> str | None:
+        """Return that outputs are probabilities already."""
+        return not_logits(outputs, "Softmax", self.name)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the sum of each example's token losses, shape ``(B,)``."""
@@ -147,11 +152,9 @@ class CrossEntropy(Loss):
         """Return logits with classes along dimension 1, and targets checked against them."""
         logits = _floating_output(outputs, self.name)
         if not isinstance(targets, Tensor) or targets.dtype.is_floating_point:
-            found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
             raise IFVPUsageError(
-                f"{self.name} needs integer class targets; got {found}. Convert them with "
-                ".long(), pass loss=torch.nn.CrossEntropyLoss() and fisher='empirical' for class "
-                "probabilities, or use loss='mse' or loss='bce' for real-valued targets."
+                f"{self.name} needs integer class targets; got {described(targets)}. "
+                + _as_classes(targets)
             )
         if not _has_classes_second(logits, targets):
             raise IFVPUsageError(
@@ -160,6 +163,19 @@ class CrossEntropy(Loss):
                 f"(B, ...).{_reshaping(logits, targets)}"
             )
         return logits, targets.long()
+
+
+def _as_classes(targets: Any) -> str:
+    """Return how targets that are no integer tensor become class targets."""
+    if isinstance(targets, Tensor):
+        return (
+            "Convert them with .long(), pass loss=torch.nn.CrossEntropyLoss() and "
+            "fisher='empirical' for class probabilities, or use loss='mse' or loss='bce' for "
+            "real-valued targets."
+        )
+    if isinstance(targets, tuple | list) and targets and isinstance(targets[0], str):
+        return "Encode names as integers, for instance by sklearn.preprocessing.LabelEncoder."
+    return "Make them a tensor in the dataset or its collate_fn, such as torch.tensor(targets)."
 
 
 class _Elementwise(Loss):
@@ -225,6 +241,10 @@ class BinaryCrossEntropy(_Elementwise):
         targets = super().targets(batch)
         check_probabilities(targets, self.name)
         return targets
+
+    def doubt_outputs(self, outputs: Any) -> str | None:
+        """Return that outputs are probabilities already."""
+        return not_logits(outputs, "Sigmoid", self.name)
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
@@ -395,8 +415,14 @@ def shaped_as(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
             f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape "
             f"{tuple(targets.shape)}; expected equal shapes (broadcasting would compare every "
             "output with every target)."
+            + (" Give targets.unsqueeze(1)." if _lacks_channel(outputs, targets) else "")
         )
     return targets.reshape(outputs.shape)
+
+
+def _lacks_channel(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether targets are as outputs of one channel, without its dimension."""
+    return outputs.ndim > 2 and outputs.shape[1] == 1 and outputs[:, 0].shape == targets.shape
 
 
 def check_probabilities(targets: Any, name: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.losses.activations import ends_with, not_logits
 from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
 from fimkit.losses.likelihoods import (
     BinaryCrossEntropy,
@@ -102,10 +103,34 @@ class ModuleLoss(Loss):
         return targets
 
     def doubt(self, batch: Any) -> str | None:
-        """Return that labels are the tokens themselves, which are compared unshifted."""
-        if type(self._module) not in _IGNORING:
+        """Return that labels are tokens, compared unshifted, or that class weights cancel."""
+        module = self._module
+        if type(module) not in _IGNORING:
             return None
-        return unshifted(batch, self.name, self._module.ignore_index)
+        targets = super().targets(batch)
+        if module.reduction == "mean" and module.weight is not None and _is_one_label(targets):
+            return (
+                f"{self.name} divides by the weights of the targets that it averages over, and of "
+                "an example alone that is its own: class weights have no effect. Use "
+                "reduction='sum' (or 'none'), which multiplies every example's loss by its weight."
+            )
+        return unshifted(batch, self.name, module.ignore_index)
+
+    def doubt_outputs(self, outputs: Any) -> str | None:
+        """Return that outputs are probabilities, where logits or their logarithms are taken."""
+        kind = type(self._module)
+        if kind in _ACTIVATED:
+            return not_logits(outputs, _ACTIVATED[kind], self.name)
+        if kind is not nn.NLLLoss or not isinstance(outputs, Tensor) or outputs.ndim < 2:
+            return None
+        totals = outputs.detach().double().logsumexp(1)
+        if ends_with(outputs, "LogSoftmax") or bool((totals.abs() < 1e-2).all()):
+            return None
+        return (
+            f"{self.name} takes logarithms of probabilities, which the model's outputs are not "
+            "(exp(outputs) does not add up to one over the classes): let the model end with a "
+            "log_softmax, or use torch.nn.CrossEntropyLoss() for logits."
+        )
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return the module's value on each example alone, shape ``(B,)``."""
@@ -237,6 +262,10 @@ def _squared(module: Any) -> Loss:
     return SquaredError(None if module.reduction == "mean" else 2.0)
 
 
+def _is_one_label(targets: Any) -> bool:
+    return isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+
+
 def _told(outputs: Any, targets: Any, *variances: Any) -> str:
     """Return how a message tells what a module is called with."""
     told = f"outputs {described(outputs)}, targets {described(targets)}"
@@ -258,6 +287,7 @@ _ELEMENTWISE = (
     nn.SmoothL1Loss,
     nn.SoftMarginLoss,
 )
+_ACTIVATED = {nn.BCEWithLogitsLoss: "Sigmoid", nn.CrossEntropyLoss: "Softmax"}
 _CLASSIFIERS = (*_IGNORING, nn.MultiLabelMarginLoss, nn.MultiMarginLoss)
 
 _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Loss]] = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fimkit.distributed import Ranks
+from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import DenseOperator, GramOperator, Operator, RowMatrix
 from fimkit.operators.memory import accumulation_dtype, chunks
 from fimkit.statistics.rows import RowAccumulator
@@ -78,9 +79,15 @@ class FisherAccumulator:
         return GramOperator(self._rows.result(self._ranks), n, self.device)
 
     def _turn_primal(self) -> None:
-        self._matrix = torch.zeros(
-            (self.size, self.size), dtype=accumulation_dtype(self.device), device=self.device
-        )
+        dtype = accumulation_dtype(self.device)
+        try:
+            self._matrix = torch.zeros((self.size,) * 2, dtype=dtype, device=self.device)
+        except RuntimeError as error:  # of which running out of memory is one
+            raise IFVPUsageError(
+                f"the primal form of {self.size} parameters is a matrix of "
+                f"{self.size**2 * dtype.itemsize / 1e9:,.0f} GB, for which there is no memory; "
+                "use solver='dual', whose size is that of the data, or smaller blocks=, or EKFAC."
+            ) from error
         if self._n_rows:
             self._add(self._rows.result())
             self._rows = RowAccumulator()

@@ -20,7 +20,7 @@ __all__ = ["Gathered", "Side", "rotate"]
 _PANEL = 192
 
 # Rows that make a product fast: with fewer, reading and writing the sum takes as long.
-_ENOUGH = 1024
+_ENOUGH = 512
 
 
 class Gathered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -211,25 +211,15 @@ class Use(ABC):
             Which examples, and where they are.
         """
 
-    #: The call's input, detached.
+    #: The call's input, detached; without any number where no gradient needs it.
     x: Tensor
+    #: The input's version at the call.
+    version: int
 
     @property
     def nbytes(self) -> int:
         """Bytes that the use keeps."""
         return self.x.nbytes
-
-    def own_input(self, shared: Collection[int]) -> None:
-        """Copy the input where its memory is not its own.
-
-        Parameters
-        ----------
-        shared : collection of int
-            Addresses of memory that others may write to: the batch's and the model's.
-        """
-        storage = self.x.untyped_storage()
-        if storage.data_ptr() in shared or storage.nbytes() > 2 * self.x.nbytes:
-            self.x = self.x.clone()
 
     def repeats(self, n: int) -> tuple[float, ...]:
         """Return the leading dimensions by which n examples might lie, in multiples of n."""
@@ -289,6 +279,11 @@ class MatrixUse(Use):
             out = values if out is None else out + values
         assert out is not None
         return out
+
+
+def kept_input(x: Tensor, weight: Slot | None) -> Tensor:
+    """Return what is kept of an input that the gradient of a weight needs, and no other."""
+    return x.new_empty(0) if weight is None else x.detach()
 
 
 def slot_names(*slots: Slot | None) -> tuple[str, ...]:

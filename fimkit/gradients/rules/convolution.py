@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fimkit.gradients.rules.base import Examples, MatrixUse, ParameterIndex, Slot, slot_names
+from fimkit.gradients.rules.base import (
+    Examples,
+    MatrixUse,
+    ParameterIndex,
+    Slot,
+    kept_input,
+    slot_names,
+)
 from fimkit.operators import MatrixLayout
 
 __all__ = ["ConvolutionUse"]
@@ -42,7 +49,7 @@ class ConvolutionUse(MatrixUse):
         self._dilation = _per_dim(dilation, dims)
         self._padding = _padding(padding, self._kernel, self._dilation)
         self._batched = x.ndim == dims + 2
-        self.x = x.detach()
+        self.x = kept_input(x, self.weight)
         out, size = weight.shape[0] // groups, math.prod(weight.shape[1:])
         self.layout = MatrixLayout(groups, out, size)
 

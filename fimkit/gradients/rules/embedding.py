@@ -51,7 +51,7 @@ class EmbeddingUse(Use):
     def observe(self, output: Tensor) -> None:
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])
-        self.x = self.x.expand(self.lead)
+        self.x = self.x.expand(self.lead).detach()
 
     def repeated(self, lead: tuple[int, ...]) -> EmbeddingUse:
         """Return the lookup by each example of what was looked up once for all of them.
@@ -62,7 +62,7 @@ class EmbeddingUse(Use):
             Leading dimensions of the lookup's result as another call is given it.
         """
         use = copy(self)
-        use.x = self.x.reshape(lead)
+        use.x = self.x.reshape(lead).detach()
         use.replaces = self
         return use
 

@@ -7,7 +7,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fimkit.gradients.rules.base import Examples, MatrixUse, ParameterIndex, Slot, slot_names
+from fimkit.gradients.rules.base import (
+    Examples,
+    MatrixUse,
+    ParameterIndex,
+    Slot,
+    kept_input,
+    slot_names,
+)
 from fimkit.operators import MatrixLayout
 
 __all__ = ["LinearUse"]
@@ -20,8 +27,8 @@ class LinearUse(MatrixUse):
     description = "captured (linear)"
 
     def __init__(self, x: Tensor, weight: Tensor, slots: tuple[Slot | None, Slot | None]) -> None:
-        self.x = x.detach()
         self.weight, self.bias = slots
+        self.x = kept_input(x, self.weight)
         self.names = slot_names(*slots)
         self.weight_shape = weight.shape
         self.layout = MatrixLayout(1, weight.shape[0], weight.shape[1])

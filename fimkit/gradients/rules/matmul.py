@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fimkit.gradients.rules.base import Examples, MatrixUse, ParameterIndex, Slot, slot_names
+from fimkit.gradients.rules.base import (
+    Examples,
+    MatrixUse,
+    ParameterIndex,
+    Slot,
+    kept_input,
+    slot_names,
+)
 from fimkit.operators import MatrixLayout
 
 __all__ = ["AddmmUse", "MatmulUse"]
@@ -18,8 +25,8 @@ class _TransposedUse(MatrixUse):
     """``y = x W + b`` with W of shape ``(in, out)``: positions are all leading dimensions of x."""
 
     def __init__(self, x: Tensor, weight: Tensor, slots: tuple[Slot | None, Slot | None]) -> None:
-        self.x = x.detach()
         self.weight, self.bias = slots
+        self.x = kept_input(x, self.weight)
         self.names = slot_names(*slots)
         self.weight_shape = weight.shape
         self.layout = MatrixLayout(1, weight.shape[1], weight.shape[0], transposed=True)

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fimkit.gradients.rules.base import Examples, ParameterIndex, Slot, Use, slot_names
+from fimkit.gradients.rules.base import (
+    Examples,
+    ParameterIndex,
+    Slot,
+    Use,
+    kept_input,
+    slot_names,
+)
 
 __all__ = ["BatchNormUse", "GroupNormUse", "LayerNormUse", "RMSNormUse"]
 
@@ -18,10 +25,9 @@ __all__ = ["BatchNormUse", "GroupNormUse", "LayerNormUse", "RMSNormUse"]
 class _NormUse(Use):
     """``y = w ⊙ x̂ + b``: the gradient of w sums ``s ⊙ x̂`` over positions, that of b sums s."""
 
-    x: Tensor
-
-    def __init__(self, slots: tuple[Slot | None, Slot | None]) -> None:
+    def __init__(self, x: Tensor, slots: tuple[Slot | None, Slot | None]) -> None:
         self._weight, self._bias = slots
+        self.x = kept_input(x, self._weight)
         self.names = slot_names(*slots)
 
     @abstractmethod
@@ -58,8 +64,7 @@ class _TrailingNormUse(_NormUse):
         slots: tuple[Slot | None, Slot | None],
         eps: float | None,
     ) -> None:
-        super().__init__(slots)
-        self.x = x.detach()
+        super().__init__(x, slots)
         self._shape = tuple(normalized_shape)
         self._eps = eps
 
@@ -143,8 +148,7 @@ class GroupNormUse(_ChannelNormUse):
     def __init__(
         self, x: Tensor, groups: int, slots: tuple[Slot | None, Slot | None], eps: float
     ) -> None:
-        super().__init__(slots)
-        self.x = x.detach()
+        super().__init__(x, slots)
         self._groups = groups
         self._eps = eps
 
@@ -180,8 +184,7 @@ class BatchNormUse(_ChannelNormUse):
         slots: tuple[Slot | None, Slot | None],
         eps: float,
     ) -> None:
-        super().__init__(slots)
-        self.x = x.detach()
+        super().__init__(x, slots)
         self._mean, self._variance = statistics
         self._eps = eps
 
