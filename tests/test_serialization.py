@@ -605,6 +605,6 @@ def test_paths_from_home(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_missing_is_named(tmp_path):
     fitted = EKFAC().fit(nn.Linear(3, 2), [(torch.randn(6, 3), torch.arange(6) % 2)])
-    with pytest.raises(FileNotFoundError, match="no such folder.*make it first") as caught:
+    with pytest.raises(FileNotFoundError, match=r"no such folder.*make it first") as caught:
         fitted.save(tmp_path / "results" / "small.fimkit")
     assert caught.value.filename == str(tmp_path / "results")
