@@ -816,6 +816,11 @@ def test_labels_of_a_decoder_without_its_inputs(loss):
     assert Explicit().fit(EncoderDecoder(), [complete]).n_samples_seen_ == 4
 
 
+class Squeezed(nn.Module):
+    def forward(self, x):
+        return x.squeeze()
+
+
 class Squeezing(nn.Linear):
     def forward(self, x):
         return super().forward(x).squeeze()
@@ -832,6 +837,7 @@ def test_a_batch_of_one_example_that_is_squeezed():
     [
         (lambda x, y: (x.double(), y), r"inputs are float64 .* float32: .*\.to\(torch\.float32\)"),
         (lambda x, y: (x[:, :2], y), r"input=float32 \(6, 2\).*cannot be multiplied.*layers take"),
+        (lambda x, y: (x.byte(), y), r"inputs are uint8 .* float32: .*\.to\(torch\.float32\)"),
         (lambda x, y: ((x, x), y), r"given tuples or mappings.*\(x1, x2, targets\)"),
         (lambda x, y: ({"input": x}, y), "given tuples or mappings.*with 'labels'"),
     ],
@@ -841,6 +847,13 @@ def test_inputs_that_the_model_cannot_take(batch, message):
     x, y = torch.randn(6, 3), torch.arange(6) % 2
     with pytest.raises(IFVPUsageError, match=f"batch 0: Linear was called with .*{message}"):
         Explicit().fit(nn.Linear(3, 2), [batch(x, y)])
+
+
+def test_pixels_that_are_squeezed_with_the_only_example():
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), Squeezed())
+    x, y = torch.randn(5, 1, 2, 2), torch.arange(5) % 3
+    with pytest.raises(IFVPUsageError, match=r"batch 1: .*\.squeeze\(\) drops the dimension"):
+        Explicit().fit(model, [(x[:4], y[:4]), (x[4:], y[4:])])
 
 
 def test_a_tensor_in_the_place_of_a_batch():
@@ -903,6 +916,7 @@ def test_what_is_likely_wrong_warns_once(loss, build, message):
         (nn.NLLLoss(), logarithms),
         ("cross_entropy", lambda m: nn.Sequential(m, nn.Sigmoid())),
         (nn.CrossEntropyLoss(torch.ones(2), reduction="sum"), lambda m: m),
+        (nn.CrossEntropyLoss(torch.ones(2), label_smoothing=0.1), lambda m: m),
         ("mse", lambda m: nn.Sequential(m, nn.Softmax(1))),
     ],
 )

@@ -625,3 +625,158 @@ def test_a_model_that_needs_two_examples_and_keeps_them_apart():
     batch = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
     rows = reference.gradients(model.layer, reference.negative_log_likelihood, batch, 6)
     assert distance(Explicit().fit(model, [batch]), rows) <= 1e-12
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda each, n: each / n,
+        lambda each, n: each + each.mean(),
+        lambda each, n: each.mean() + 0 * each,
+    ],
+    ids=["divided", "with the mean", "the mean"],
+)
+def test_small_losses_that_mix_examples(scale, dtype, mix):
+    """Tell from rounding what is far below one, also in a coarse precision."""
+
+    def loss(model, batch):
+        each = (model(batch[0])[:, 0] - batch[1]).square()
+        return mix(each, len(each))
+
+    model, y = nn.Linear(5, 1), scale * torch.randn(16)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    batch = torch.randn(16, 5).to(dtype), y.to(dtype)
+    with pytest.raises(
+        IFVPUsageError, match=r"loss (of one example )?depends on the (others|whole)"
+    ):
+        Explicit(loss=loss).fit(model.to(dtype), [batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [10.0, 100.0])
+def test_losses_that_are_nothing_but_rounding(dtype, size):
+    """A model sure of its labels leaves a loss of the size of its logits' rounding."""
+    model = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3))
+    x = torch.randn(64, 5)
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+        logits = model(x)
+        top = logits.topk(2).values
+        x = x[(top[:, 0] - top[:, 1]).argsort(descending=True)][:16]
+    y = model(x).argmax(1)
+    fitted = EKFAC(1.0).fit(model.to(dtype), [(x.to(dtype), y)])
+    assert fitted.n_samples_seen_ == 16
+
+
+def with_codebook(model, x, codes):
+    return torch.cdist(model(x), codes).min(1).values
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (6, 4), (4, 4, 2)])
+@pytest.mark.parametrize(
+    ("loss", "batch"),
+    [
+        (lambda m, b: with_codebook(m, *b), lambda x, codes, _: (x, codes)),
+        (lambda m, b: with_codebook(m, b["x"], b["y"]), lambda x, codes, _: {"x": x, "y": codes}),
+        (
+            lambda m, b: with_codebook(m, b[0], b[1].nan_to_num(1.0)) * b[2].sum(),
+            lambda x, codes, rates: (x, torch.where(codes > 1, torch.nan, codes), rates),
+        ),
+        (
+            lambda m, b: with_codebook(m, b[0], b[1].to_dense()),
+            lambda x, codes, _: (x, codes.to_sparse()),
+        ),
+    ],
+    ids=["tuple", "mapping", "two, one with gaps", "sparse"],
+)
+def test_tensors_that_examples_share_beside_none_of_their_own(loss, batch, sizes):
+    """Wherever they stand, and however many examples a batch has beside theirs."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, codes, rates = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((10, 3), (4, 2), (4,))
+    )
+    rows = []
+    for one in x.split(1):
+        value = loss(model, batch(one, codes, rates)).sum()
+        gradients = torch.autograd.grad(value, list(model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    rows = torch.stack(rows)
+    batches = [batch(part, codes.clone(), rates) for part in x.split(sizes)]
+    assert distance(Explicit(loss=loss).fit(model, batches), rows) <= 1e-12
+
+
+def test_a_shared_tensor_as_long_as_the_only_batch_is_refused():
+    """Nothing tells it from targets that are broadcast against every output."""
+    model, codes = nn.Linear(3, 2), torch.randn(4, 2)
+
+    def loss(model, batch):
+        return with_codebook(model, *batch)
+
+    batches = [(torch.randn(4, 3), codes) for _ in range(2)]
+    with pytest.raises(IFVPUsageError, match=r"shape \(4, 2\) is as long as the batch.*batch size"):
+        Explicit(loss=loss).fit(model, batches[:1])
+    assert Explicit(loss=loss).fit(model, batches).n_samples_seen_ == 8
+    with pytest.raises(IFVPUsageError, match=r"\(B, 1\) broadcast against targets"):
+        EKFAC(loss=lambda m, b: broadcasting(m, b[0], b[1])).fit(
+            nn.Linear(3, 1), [(torch.randn(4, 3), torch.randn(4), torch.arange(4))]
+        )
+
+
+@pytest.mark.parametrize("least", [3, 4])
+def test_a_model_that_needs_several_examples_and_mixes_them(least):
+    def forward(self, x):
+        nearest = torch.cdist(x, x).topk(least, largest=False).indices
+        return self.layer(x)[nearest].mean(1)
+
+    model = Apply(forward, layer=nn.Linear(3, 2))
+    with pytest.raises(IFVPUsageError, match="the loss of one example depends on the others"):
+        Explicit().fit(model, [(torch.randn(16, 3), torch.arange(16) % 2)])
+
+
+def test_an_encoder_that_pools_over_padding():
+    """PyTorch's fast path, without gradients, has other numbers there."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x, padding):
+        return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+    model = Apply(forward, encoder=nn.TransformerEncoder(layer, 1), head=nn.Linear(8, 3))
+    x, y = torch.randn(6, 5, 8), torch.arange(6) % 3
+    padding = torch.arange(5) >= torch.tensor([5, 3, 4, 2, 5, 1])[:, None]
+    batch = x.double(), padding, y
+    model = model.double().eval()
+    rows = []
+    for i in range(6):
+        one = slice(i, i + 1)
+        loss = F.cross_entropy(model(batch[0][one], padding[one]), y[one])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    rows = torch.stack(rows)
+    assert distance(Explicit().fit(model, [batch]), rows) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_centred_by_the_batch(dtype):
+    def forward(self, x):
+        return self.layer(x - x.mean(0))
+
+    model = Apply(forward, layer=nn.Linear(3, 2)).to(dtype)
+    with pytest.raises(IFVPUsageError, match="the loss of one example depends on the others"):
+        Explicit().fit(model, [(torch.randn(48, 3, dtype=dtype), torch.arange(48) % 2)])
+
+
+def test_a_complex_parameter_is_compared_whole():
+    def forward(self, x):
+        return (
+            torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(self.spectrum), n=8)
+            @ self.out
+        )
+
+    model = Apply(forward, spectrum=torch.randn(5, 2), out=torch.randn(8, 3)).double()
+    batch = torch.randn(6, 8, dtype=torch.float64), torch.arange(6) % 3
+    rows = reference.gradients(model, reference.negative_log_likelihood, batch, 6)
+    assert distance(Explicit().fit(model, [batch]), rows) <= 1e-12

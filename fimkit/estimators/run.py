@@ -381,6 +381,7 @@ class Run:
                 "iterated over before is empty: give a list or a DataLoader)."
             )
         self._refuse_infinite()
+        self.engine.finish()
 
     def _warn(self, i: int, doubt: str | None) -> None:
         """Warn of what the loss doubts about a batch, once."""

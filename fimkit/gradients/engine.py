@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
+from fimkit.gradients.cuts import Cut
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.layout import BatchLayout
@@ -183,12 +184,7 @@ class GradientEngine:
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
         run = self._forward(batch, uniforms)
-        if not self._fallback.shares(batch):
-            raise IFVPUsageError(
-                "each example's loss depends on the whole of a tensor of the batch, which is as "
-                "long as the batch and another in every batch, so that it holds the examples: "
-                f"{_DEPENDENT}. Remove the dependence."
-            )
+        self._fallback.shared.meet(tensors(batch), run.shape[0])
         try:
             signals = self._signals(run)
             found = self._known(run, signals) or RandomSum(
@@ -211,6 +207,16 @@ class GradientEngine:
             if found.proven:
                 self._found[run.key] = found
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
+
+    def finish(self) -> None:
+        """End a pass over all batches.
+
+        Raises
+        ------
+        IFVPUsageError
+            If losses may mix examples, for all that the batches tell.
+        """
+        self._fallback.shared.refuse_assumed()
 
     def regroup(self) -> None:
         """Pair weights and biases anew in the next batch, without those that fell back so far."""
@@ -368,7 +374,7 @@ class GradientEngine:
                 continue
             wrong = check.disagreeing(rows, self._names(fallback=True))
             if not wrong:
-                self._fallback.share(cut, run.batch, run.shape[0])
+                self._fallback.shared.assume(cut, tensors(run.batch), run.shape[0])
                 return
         n, length = run.shape[0], common_length(run.batch)
         if length is not None and n > length and n % length == 0:
@@ -390,10 +396,11 @@ class GradientEngine:
     def _verify_alone(self, run: _Pass) -> None:
         """Refuse losses of examples that are others without the rest of their batch.
 
-        The first is run alone and the last; two of them, where the model does not run on one.
+        The first is run alone and the last; two of them, where the model does not run on one, or
+        half of the batch.
         """
         n = run.shape[0]
-        for count in (1, 2):
+        for count in sorted({1, 2, n // 2} - {0}):
             if count >= n:
                 return
             ends = slice(0, count), slice(n - count, n)
@@ -409,12 +416,33 @@ class GradientEngine:
     def _is_same_alone(self, run: _Pass, part: slice) -> bool | None:
         """Whether some examples have the same losses without the rest; None if they do not run."""
         ran = None
-        for cut, alone in self._fallback.alone(part, run.batch, run.labels, run.shape[0]):
-            if same_scalars(alone, run.scalars[part], run.precision):
-                self._fallback.share(cut, run.batch, run.shape[0])
+        for cut in self._fallback.cuts(run.batch, run.labels, run.shape[0]):
+            alone = self._fallback.alone(part, cut, run.batch, run.labels)
+            if alone is None:
+                continue
+            same = same_scalars(alone, run.scalars[part], run.precision)
+            if same is None:
+                same = self._is_same_in_double(run, part, cut)
+            if same:
+                self._fallback.shared.assume(cut, tensors(run.batch), run.shape[0])
                 return True
             ran = False
         return ran
+
+    def _is_same_in_double(self, run: _Pass, part: slice, cut: Cut) -> bool:
+        """Whether that holds in float64, where the model's own precision does not tell.
+
+        Taken for true of a model that cannot be run in it.
+        """
+        whole = slice(0, run.shape[0])
+        alone, together = (
+            self._fallback.alone(some, cut, run.batch, run.labels, double=True)
+            for some in (part, whole)
+        )
+        if alone is None or together is None:
+            return True
+        error, scale = (alone - together[part]).abs().max(), together[part].abs().max()
+        return bool(error <= 1e-4 * scale + 1e-6)  # parts may be in float32 all the same
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]

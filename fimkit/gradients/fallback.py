@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +12,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from fimkit.exceptions import IFVPUsageError
+from fimkit.gradients.cuts import Cut, SharedTensors, cut_out, cuts, fits
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.tree import map_tensors, tensors
 
 __all__ = ["FallbackGradients"]
 
-#: For each tensor of a batch and its labels the dimension that holds the examples, None where all
-#: examples share it.
-Cut = tuple[int | None, ...]
-
-# What the targets of a mapping are called; `Loss.targets` takes only the first.
-_TARGETS = ("labels", "label", "targets", "target", "y")
-
 # Bytes of per-example gradients that one vmapped call may produce.
 _VMAP_BUDGET = 64 * 2**20
+
+# Parameters that a model may have to be run in float64 where its own precision does not tell.
+_MOST_DOUBLED = 100_000_000
 
 
 class FallbackGradients:
@@ -41,6 +38,11 @@ class FallbackGradients:
     objective : Objective
     autocast : AmbientAutocast
         The autocasting under which the model is run.
+
+    Attributes
+    ----------
+    shared : SharedTensors
+        What examples were found to share.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, autocast: AmbientAutocast) -> None:
@@ -48,7 +50,7 @@ class FallbackGradients:
         self._autocast = autocast
         self.vectorized = True
         self._cut: Cut | None = None
-        self._shared: dict[int, Tensor] = {}
+        self.shared = SharedTensors()
 
     @property
     def description(self) -> str:
@@ -56,66 +58,58 @@ class FallbackGradients:
         return "torch.func" if self.vectorized else "one backward pass per example"
 
     def cuts(self, batch: Any, labels: list[Any], n: int) -> list[Cut]:
-        """Return the ways in which examples may lie in a batch's tensors, the likeliest first.
-
-        Parameters
-        ----------
-        batch, labels
-            As given to `rows`.
-        n : int
-            Number of examples.
-        """
-        leaves = tensors((batch, labels))
-        targets = {id(leaf) for leaf in tensors((_targets(batch), labels))}
-        options = [[dim for dim in (0, 1) if _holds(leaf, dim, n)] for leaf in leaves]
-        first, last = ([dims[end] if dims else None for dims in options] for end in (0, -1))
-        found = [] if self._cut is None or not _fits(self._cut, leaves, n) else [self._cut]
-        for cut in (first, last):
-            found.append(tuple(cut))
-            # A tensor that all examples share may happen to be as long as the batch.
-            for i, leaf in enumerate(leaves):
-                if id(leaf) not in targets:
-                    found.append((*cut[:i], None, *cut[i + 1 :]))
-        return list(dict.fromkeys(found))
+        """Return the ways in which examples may lie in a batch's tensors, the likeliest first."""
+        leaves = tensors(batch)
+        found = cuts(leaves, tensors(labels), n, self.shared.known(leaves, n))
+        last = self._cut
+        is_likely = last is not None and fits(last, tensors((batch, labels)), n)
+        return [last, *found] if last is not None and is_likely else found
 
     def use(self, cut: Cut) -> None:
         """Take examples out of batches by one of `cuts`."""
         if cut != self._cut:
             self._cut, self.vectorized = cut, True
 
-    def share(self, cut: Cut, batch: Any, n: int) -> None:
-        """Take what a cut leaves whole, and might have cut, for the same in every batch."""
-        for i, (dim, leaf) in enumerate(zip(cut, tensors(batch), strict=False)):
-            if dim is None and _holds(leaf, 0, n):
-                self._shared.setdefault(i, leaf.clone())
-
-    def shares(self, batch: Any) -> bool:
-        """Whether all that was taken for shared is the same in this batch."""
-        leaves = tensors(batch) if self._shared else []
-        return all(
-            i < len(leaves) and torch.equal(leaves[i], shared) for i, shared in self._shared.items()
-        )
-
     def alone(
-        self, part: slice, batch: Any, labels: list[Any], n: int
-    ) -> Iterator[tuple[Cut, Tensor]]:
-        """Yield some examples' scalars without the rest, with each way to cut them out.
+        self, part: slice, cut: Cut, batch: Any, labels: list[Any], *, double: bool = False
+    ) -> Tensor | None:
+        """Return some examples' scalars without the rest, or None if the model cannot be run.
 
-        There is none if the model cannot be run on them.
+        Parameters
+        ----------
+        part : slice
+        cut : Cut
+        batch, labels
+            As given to `rows`.
+        double : bool, default=False
+            Whether to compute in float64 throughout.
         """
-        for cut in self.cuts(batch, labels, n):
-            scalars: Tensor | None = None
-            with contextlib.suppress(Exception), torch.no_grad(), self._autocast.restored():
-                scalars = self._program(*_examples(part, cut, (batch, labels)))
-            if scalars is not None and len(scalars) == part.stop - part.start:
-                yield cut, scalars
+        example = cut_out(part, cut, (batch, labels))
+        with contextlib.suppress(Exception):  # with gradients: without, torch takes other ways
+            if double:
+                scalars = self._doubled(example)
+            else:
+                with self._autocast.restored():
+                    scalars = self._program(*example)
+            if len(scalars) == part.stop - part.start:
+                return scalars.detach()
+        return None
+
+    def _doubled(self, example: Any) -> Tensor:
+        state: dict[str, Tensor] = dict(self._program.named_parameters(remove_duplicate=False))
+        if sum(tensor.numel() for tensor in state.values()) > _MOST_DOUBLED:
+            raise ValueError("too many parameters")
+        state.update(self._program.named_buffers(remove_duplicate=False))
+        doubled = {name: _double(tensor) for name, tensor in state.items()}
+        scalars: Tensor = functional_call(self._program, doubled, map_tensors(_double, example))
+        return scalars
 
     def rows(
         self, names: Sequence[str], batch: Any, labels: list[Any], n: int
     ) -> dict[str, Tensor]:
         """Return the rows of each named parameter, shape ``(n, c, *shape)``."""
         cut = self._cut
-        if cut is None or not _fits(cut, tensors((batch, labels)), n):
+        if cut is None or not fits(cut, tensors((batch, labels)), n):
             cut = self.cuts(batch, labels, n)[0]
         prefix = "model."
         parameters = dict(self._program.named_parameters(remove_duplicate=False))
@@ -164,7 +158,7 @@ class FallbackGradients:
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(n):
-            scalars = self._program(*_examples(slice(i, i + 1), cut, (batch, labels)))
+            scalars = self._program(*cut_out(slice(i, i + 1), cut, (batch, labels)))
             if scalars.shape[0] != 1:
                 raise IFVPUsageError(
                     "a single example cut out of the batch gave losses of shape "
@@ -182,33 +176,8 @@ class FallbackGradients:
         return [torch.stack(out) for out in rows]
 
 
-def _targets(batch: Any) -> Any:
-    """Return what stands where a batch has its targets, of which each example has its own."""
-    if isinstance(batch, Mapping):
-        return [value for key, value in batch.items() if key in _TARGETS]
-    return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-
-
-def _examples(part: slice, cut: Cut, batch: Any) -> Any:
-    """Return what a batch holds of some examples, and all that examples share."""
-    dims = iter(cut)
-
-    def of_tensor(tensor: Tensor) -> Tensor:
-        dim = next(dims)
-        return tensor if dim is None else tensor.narrow(dim, part.start, part.stop - part.start)
-
-    return map_tensors(of_tensor, batch)
-
-
-def _holds(tensor: Tensor, dim: int, n: int) -> bool:
-    return tensor.ndim > dim and tensor.shape[dim] == n
-
-
-def _fits(cut: Cut, leaves: Sequence[Tensor], n: int) -> bool:
-    """Whether a cut, perhaps of another batch, can take n examples out of these tensors."""
-    return len(cut) == len(leaves) and all(
-        dim is None or _holds(leaf, dim, n) for leaf, dim in zip(leaves, cut, strict=True)
-    )
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 class _Program(nn.Module):

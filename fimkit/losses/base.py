@@ -10,10 +10,26 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 
-__all__ = ["CallableLoss", "Loss", "Uniforms", "arguments_of", "described", "logits_of", "run"]
+__all__ = [
+    "SQUEEZED",
+    "CallableLoss",
+    "Loss",
+    "Uniforms",
+    "arguments_of",
+    "described",
+    "logits_of",
+    "run",
+]
 
 #: Numbers in [0, 1) of a shape with the examples first, by random state, example and sample.
 Uniforms = Callable[[Sequence[int]], Tensor]
+
+
+#: What to do about a model that drops the dimension of the only example of a batch.
+SQUEEZED = (
+    " A .squeeze() drops the dimension of examples of a batch of one, too; name the dimensions to "
+    "drop, such as .squeeze(-1)."
+)
 
 
 class Loss:
@@ -156,8 +172,7 @@ def _refuse_squeezed(model: nn.Module, out: Any, inputs: Sequence[Any]) -> None:
     if alone and isinstance(out, Tensor) and not out.ndim:
         raise IFVPUsageError(
             f"{type(model).__name__} returned a tensor without dimensions for a batch of one "
-            "example, whose dimension a .squeeze() drops with the others; name the one to drop, "
-            "such as .squeeze(-1)."
+            f"example.{SQUEEZED}"
         )
 
 

@@ -90,6 +90,13 @@ def _of_call(error: Exception, model: nn.Module, batch: Any) -> str | None:
     args, kwargs = arguments_of(batch)
     signature = inspect.signature(model.forward)
     names = ", ".join(signature.parameters)
+    if isinstance(error, TypeError) and any(map(_is_container, (*args, *kwargs.values()))):
+        return (
+            f"It takes ({names}), and was given tuples or mappings as they are in the batch. All "
+            "elements of a batch but the last are inputs: give (x1, x2, targets) for ((x1, x2), "
+            "targets), or a mapping of the arguments with 'labels' for ({...}, targets), or pass a "
+            "callable loss(model, batch)."
+        )
     if isinstance(error, TypeError) and not _binds(signature, args, kwargs):
         given = (
             "The items of a mapping but 'labels' are the model's keyword arguments: rename or "
@@ -99,13 +106,6 @@ def _of_call(error: Exception, model: nn.Module, batch: Any) -> str | None:
             "leave out what is neither (such as indices) by the dataset or collate_fn."
         )
         return f"It takes ({names}). {given} Or pass a callable loss(model, batch)."
-    if isinstance(error, TypeError) and any(map(_is_container, (*args, *kwargs.values()))):
-        return (
-            f"It takes ({names}), and was given tuples or mappings as they are in the batch. All "
-            "elements of a batch but the last are inputs: give (x1, x2, targets) for ((x1, x2), "
-            "targets), or a mapping of the arguments with 'labels' for ({...}, targets), or pass a "
-            "callable loss(model, batch)."
-        )
     if len(args) > 1 and not isinstance(error, RuntimeError):
         return (
             f"It takes ({names}), in this order. Give a mapping with these names and 'labels', "
@@ -121,16 +121,13 @@ def _of_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
         return None
     args, kwargs = arguments_of(batch)
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    given, taken = (
-        {tensor.dtype for tensor in found if tensor.is_floating_point()}
-        for found in (inputs, model.parameters())
-    )
-    if given and taken and given.isdisjoint(taken):
+    given = {tensor.dtype for tensor in inputs}
+    taken = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if given and taken and given.isdisjoint(taken) and "type" in str(error):
         names = [" and ".join(sorted(map(_dtype, dtypes))) for dtypes in (given, taken)]
         return (
             f"The inputs are {names[0]} and the model's parameters {names[1]}: convert the inputs, "
-            f"such as by .to(torch.{_dtype(min(taken, key=str))}) in the dataset or collate_fn, or "
-            "the model, such as by model.double()."
+            f"such as by .to(torch.{_dtype(min(taken, key=str))}) in the dataset or collate_fn."
         )
     if _OF_SHAPES.search(str(error)):
         return "Compare the inputs' shapes with what the model's layers take."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.losses.activations import not_logits
-from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
+from fimkit.losses.base import SQUEEZED, Loss, Uniforms, described, logits_of, run
 from fimkit.losses.tokens import unshifted
 
 __all__ = [
@@ -161,6 +161,7 @@ class CrossEntropy(Loss):
                 f"{self.name} got outputs of shape {tuple(logits.shape)} and targets of shape "
                 f"{tuple(targets.shape)}; expected outputs (B, C, ...) or (B, ..., C) for targets "
                 f"(B, ...).{_reshaping(logits, targets)}"
+                + (SQUEEZED if logits.ndim == 1 and targets.shape == (1,) else "")
             )
         return logits, targets.long()
 

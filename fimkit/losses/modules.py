@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.losses.activations import ends_with, not_logits
+from fimkit.losses.activations import not_logits
 from fimkit.losses.base import Loss, Uniforms, described, logits_of, run
 from fimkit.losses.likelihoods import (
     BinaryCrossEntropy,
@@ -107,8 +107,8 @@ class ModuleLoss(Loss):
         module = self._module
         if type(module) not in _IGNORING:
             return None
-        targets = super().targets(batch)
-        if module.reduction == "mean" and module.weight is not None and _is_one_label(targets):
+        weighted = module.weight is not None and not getattr(module, "label_smoothing", 0)
+        if module.reduction == "mean" and weighted and _is_one_label(super().targets(batch)):
             return (
                 f"{self.name} divides by the weights of the targets that it averages over, and of "
                 "an example alone that is its own: class weights have no effect. Use "
@@ -124,7 +124,7 @@ class ModuleLoss(Loss):
         if kind is not nn.NLLLoss or not isinstance(outputs, Tensor) or outputs.ndim < 2:
             return None
         totals = outputs.detach().double().logsumexp(1)
-        if ends_with(outputs, "LogSoftmax") or bool((totals.abs() < 1e-2).all()):
+        if bool((totals.abs() < (1e-2 if outputs.dtype.itemsize > 2 else 0.3)).all()):
             return None
         return (
             f"{self.name} takes logarithms of probabilities, which the model's outputs are not "
@@ -263,7 +263,9 @@ def _squared(module: Any) -> Loss:
 
 
 def _is_one_label(targets: Any) -> bool:
-    return isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return False
+    return targets.ndim > 0 and targets.numel() == len(targets)
 
 
 def _told(outputs: Any, targets: Any, *variances: Any) -> str:
