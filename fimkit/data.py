@@ -17,6 +17,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
+    StackDataset,
     Subset,
     TensorDataset,
 )
@@ -47,9 +48,11 @@ class ModelData:
     ----------
     model : torch.nn.Module
         The trained model.
-    dataset : Dataset, DataLoader, or tuple of tensors or arrays
-        A map-style dataset; a loader of one, whose dataset, batch size and collate function are
-        taken; or ``(inputs, targets)`` arrays of equal length.
+    dataset : Dataset, DataLoader, or tuple of tensors, arrays or datasets
+        A map-style dataset, such as a list of examples; a loader of one, whose dataset, batch size
+        and collate function are taken; or ``(inputs, targets)`` of equal length, each a tensor, an
+        array or a dataset, such as skorch's ``SliceDataset(dataset, idx=0)`` and
+        ``SliceDataset(dataset, idx=1)``.
     batch_size : int, default=256
         Examples per batch. A loader's own batch size is taken instead.
     collate_fn : callable, optional
@@ -98,6 +101,8 @@ class ModelData:
             batch_size = dataset.batch_size or batch_size
             collate_fn = collate_fn or dataset.collate_fn
             dataset = dataset.dataset
+        elif isinstance(dataset, tuple | list):
+            dataset = _of_columns(dataset)
         self.model = model
         self.dataset = _map_style(dataset)
         if (
@@ -432,26 +437,6 @@ def _is_full_slice(part: Any) -> bool:
 
 
 def _map_style(dataset: Any) -> Any:
-    listed = dataset if isinstance(dataset, tuple | list) else ()
-    are_arrays = [isinstance(item, Tensor | np.ndarray) for item in listed]
-    if are_arrays and all(are_arrays):
-        for item in listed:
-            if isinstance(item, np.ndarray) and item.dtype.kind not in "biuf":
-                raise IFVPUsageError(
-                    f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
-                    "integers, for instance by sklearn.preprocessing.LabelEncoder."
-                )
-        arrays = [tensor_of(item) if isinstance(item, np.ndarray) else item for item in listed]
-        lengths = [len(array) if array.ndim else 0 for array in arrays]
-        if len(set(lengths)) != 1:
-            raise IFVPUsageError(
-                f"dataset holds arrays of lengths {lengths}; they must be equal, one entry per "
-                "example."
-            )
-        return TensorDataset(*arrays)
-    if any(are_arrays):
-        kinds = ", ".join(type(item).__name__ for item in listed)
-        raise IFVPUsageError(f"dataset holds {kinds}; give (inputs, targets) as tensors or arrays.")
     foreign = isinstance(dataset, ModelData | IterableDataset | nn.Module | Mapping | str | type)
     if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise IFVPUsageError(
@@ -460,6 +445,52 @@ def _map_style(dataset: Any) -> Any:
             "batches goes to fit(model, dataloader) directly."
         )
     return dataset
+
+
+def _of_columns(listed: tuple[Any, ...] | list[Any]) -> Any:
+    """Return the dataset that a tuple of inputs and targets is, or a list of examples as it is."""
+    if any(map(_is_column, listed)):
+        return _paired(listed)
+    if isinstance(listed, tuple) and {type(item) for item in listed} == {list}:
+        raise IFVPUsageError(
+            "dataset is a tuple of lists, which may be inputs and targets, or examples; give "
+            "(inputs, targets) as tensors or arrays, or a list of examples, such as "
+            "list(zip(inputs, targets))."
+        )
+    return listed
+
+
+def _is_column(item: Any) -> bool:
+    """Whether something has one entry per example, and cannot be an example itself."""
+    return isinstance(item, Tensor | np.ndarray | Dataset | Sequence) and not isinstance(
+        item, tuple | list | str | bytes
+    )
+
+
+def _paired(columns: Sequence[Any]) -> Dataset[Any]:
+    """Return the dataset whose examples are tuples of one entry of each column."""
+    sized = [_is_column(item) and hasattr(item, "__len__") for item in columns]
+    if not all(sized) or any(isinstance(item, IterableDataset) for item in columns):
+        kinds = ", ".join(type(item).__name__ for item in columns)
+        raise IFVPUsageError(
+            f"dataset holds {kinds}; give (inputs, targets) as tensors, arrays, or datasets that "
+            "have a length."
+        )
+    for item in columns:
+        if isinstance(item, np.ndarray) and item.dtype.kind not in "biuf":
+            raise IFVPUsageError(
+                f"dataset holds an array of dtype {item.dtype}; give numbers, and classes as "
+                "integers, for instance by sklearn.preprocessing.LabelEncoder."
+            )
+    parts = [tensor_of(item) if isinstance(item, np.ndarray) else item for item in columns]
+    lengths = [0 if isinstance(part, Tensor) and not part.ndim else len(part) for part in parts]
+    if len(set(lengths)) != 1:
+        raise IFVPUsageError(
+            f"dataset holds inputs and targets of lengths {lengths}; they must be equal, one entry "
+            "per example."
+        )
+    together = all(isinstance(part, Tensor) for part in parts)
+    return TensorDataset(*parts) if together else StackDataset(*parts)  # type: ignore[arg-type]
 
 
 def _positions(indices: Any, n: int) -> npt.NDArray[np.integer[Any]]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.decomposition import PCA
-from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -192,8 +193,8 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "settings", "message"),
     [
-        ((X, Y[:-1]), {}, r"arrays of lengths \[10, 9\]"),
-        ((X, torch.tensor(1)), {}, r"arrays of lengths \[10, 0\]"),
+        ((X, Y[:-1]), {}, r"inputs and targets of lengths \[10, 9\]"),
+        ((X, torch.tensor(1)), {}, r"lengths \[10, 0\]"),
         (Stream(), {}, "must have a length and be indexable by integers; got Stream"),
         (DataLoader(Stream()), {}, "must have a length and be indexable by integers; got Stream"),
         (zip(X, Y, strict=True), {}, "must have a length and be indexable by integers; got zip"),
@@ -204,6 +205,10 @@ class Stream(IterableDataset):
         (TensorDataset, {}, "indexable by integers; got the class TensorDataset"),
         ((X, Y.tolist()), {}, r"holds Tensor, list; give \(inputs, targets\) as tensors"),
         ((X, None), {}, "holds Tensor, NoneType"),
+        ((Subset(X, [0]), Y.tolist()), {}, r"holds Subset, list; give \(inputs, targets\)"),
+        ((Stream(), Stream()), {}, "holds Stream, Stream; .*datasets that have a length"),
+        ((X, Subset(Y, range(9))), {}, r"of lengths \[10, 9\]"),
+        ((X.tolist(), Y.tolist()), {}, r"a tuple of lists, .*list\(zip\(inputs, targets\)\)"),
         ((X.numpy(), Y.numpy().astype(str)), {}, "array of dtype <U21; give.*LabelEncoder"),
         ((X.numpy(), Y.numpy().astype(object)), {}, "array of dtype object; give.*LabelEncoder"),
         (DataLoader([(X, Y)], batch_size=None), {}, r"batch_size=None.*fit\(model, dataloader\)"),
@@ -342,44 +347,95 @@ def test_targets_of_a_dataset_that_changes_its_tensors(model):
     assert ModelData(model, Halves(X, torch.arange(N))).targets.tolist() == [False] * 5 + [True] * 5
 
 
-class SliceDataset(Sequence):
-    """Slices a dataset as the class of that name in skorch does."""
+class Column(Sequence):
+    """One element of every example, which is no array."""
 
-    def __init__(self, dataset, idx=0, indices=None):
-        self.dataset = dataset
-        self.idx = idx
-        self.indices_ = np.arange(len(dataset)) if indices is None else indices
+    def __init__(self, values):
+        self.values = values
 
     def __len__(self):
-        return len(self.indices_)
+        return len(self.values)
 
-    @property
-    def shape(self):
-        return (len(self),)
-
-    def __getitem__(self, key):
-        if not isinstance(key, int | np.integer):
-            return type(self)(self.dataset, self.idx, self.indices_[key])
-        example = self.dataset[self.indices_[key]]
-        return example if self.idx is None else example[self.idx]
+    def __getitem__(self, index):
+        assert isinstance(index, int)
+        return self.values[index]
 
 
-def check_slice_dataset(cls):
+COLUMNS = {
+    "sequences": lambda: (Column(X), Column(Y)),
+    "list of sequences": lambda: [Column(X), Column(Y.tolist())],
+    "sequence and tensor": lambda: (Column(X), Y),
+    "array and subset": lambda: (X.numpy(), Subset(Y, range(N))),
+    "range": lambda: (X, Column(Y), range(N)),
+}
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_inputs_and_targets_apart(model, columns):
+    """Each in a dataset of its own, or in an array."""
+    data = ModelData(model, COLUMNS[columns](), batch_size=4)
+    assert len(data) == N
+    assert inputs(data) == list(range(N))
+    assert inputs(data[[7, 2]]) == [7, 2]
+    targets = np.arange(N) if columns == "range" else Y.numpy()
+    assert data[::-1].targets.tolist() == targets[::-1].tolist()
+    assert [y.tolist() for *_, y in data[3:9].batches()] == [
+        targets[3:7].tolist(),
+        targets[7:9].tolist(),
+    ]
+
+
+def test_lists_and_tuples_of_examples(model):
+    """Of which neither is taken for inputs and targets."""
+    examples = [(X[0], 1), (X[4], 0)]
+    for dataset in (examples, tuple(examples), [list(example) for example in examples]):
+        data = ModelData(model, dataset)
+        assert inputs(data) == [0, 4]
+        assert data.targets.tolist() == [1, 0]
+
+
+def test_a_loader_of_a_list_of_tensors(model):
+    """Which are its examples, while those of a list alone are inputs and targets."""
+    loader = DataLoader(list(X), batch_size=4)
+    data = ModelData(model, loader)
+    assert len(data) == N
+    for found, expected in zip(data.batches(), loader, strict=True):
+        assert torch.equal(found, expected)
+
+
+def check_as_tensors(dataset):
+    """Search and fit with a dataset, and see that it is as with the tensors."""
     model = nn.Linear(3, 3)
-    data = ModelData(model, cls(Pairs(), idx=None)[3:9], batch_size=4)
-    assert inputs(data) == [3, 4, 5, 6, 7, 8]
-    assert data.targets.tolist() == Y[3:9].tolist()
-    assert inputs(data[[5, 0]]) == [8, 3]
-    loader = DataLoader(TensorDataset(X[3:9], Y[3:9]), batch_size=4)
-    expected = EKFAC(1e-2).fit(model, loader).transform(np.eye(12))
-    assert np.array_equal(EKFAC(1e-2).fit(data).transform(np.eye(12)), expected)
-    with pytest.raises(IFVPUsageError, match=r"a batch must be a tuple or list \(\*inputs"):
-        EKFAC().fit(ModelData(model, cls(Pairs())))
-
-
-def test_sliced_datasets():
-    check_slice_dataset(SliceDataset)
+    data, expected = ModelData(model, dataset, batch_size=4), ModelData(model, (X, Y), batch_size=4)
+    assert data.targets.tolist() == Y.tolist()
+    grid = {"regularization": [1e-2, 1.0]}
+    searches = [
+        GridSearchCV(EKFAC(), grid, cv=StratifiedKFold(2), error_score="raise").fit(each, Y)
+        for each in (data, expected)
+    ]
+    scores = [search.cv_results_["mean_test_score"] for search in searches]
+    assert np.array_equal(*scores)
+    assert np.array_equal(searches[0].transform(data[3:9]), searches[1].transform(expected[3:9]))
 
 
 def test_sliced_datasets_of_skorch():
-    check_slice_dataset(pytest.importorskip("skorch.helper").SliceDataset)
+    sliced = pytest.importorskip("skorch.helper").SliceDataset
+    for dataset in (TensorDataset(X, Y), Pairs()):
+        check_as_tensors((sliced(dataset), sliced(dataset, idx=1)))
+        check_as_tensors((sliced(dataset), Y))
+        check_as_tensors(sliced(dataset, idx=slice(None)))
+    part = ModelData(nn.Linear(3, 3), (sliced(Pairs())[2:8], sliced(Pairs(), idx=1)[2:8]))
+    assert inputs(part[[5, 0]]) == [7, 2]
+    alone = ModelData(nn.Linear(3, 3), sliced(Pairs()))
+    with pytest.raises(IFVPUsageError, match=r"without targets\. Give .*\(inputs, targets\)"):
+        EKFAC().fit(alone)
+
+
+def test_no_examples(model):
+    data = ModelData(model, (X, Y))
+    fitted = EKFAC(loss="mse").fit(ModelData(model, (X, X[:, :2])))
+    message = r"\(Linear, n=0, p=8\) has no examples: .* none of the 10 .*; select at least one"
+    for call in (clone(fitted).fit, fitted.transform, fitted.score):
+        for empty in (data[:0], data[3:5][np.array([False, False])]):
+            with pytest.raises(IFVPUsageError, match=message):
+                call(empty)

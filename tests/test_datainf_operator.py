@@ -127,6 +127,20 @@ class TestWeightedRows(DataInfSuite):
     c = 3
 
 
+class TestHardlyMoreRowsThanParameters(DataInfSuite):
+    n = examples = 24
+
+    def test_a_path_multiplies_rows_once(self, monkeypatch):
+        """What it multiplies anew for each λ, as a matrix over parameters is, takes far longer."""
+        operator, products = self.make(), []
+        gram = RowMatrix.gram
+        monkeypatch.setattr(RowMatrix, "outer", None)
+        monkeypatch.setattr(RowMatrix, "gram", lambda *given: products.append(1) or gram(*given))
+        found = operator.spectrum().logdets(self.dampings)
+        assert found == pytest.approx([float(self.dense(d).logdet()) for d in self.dampings])
+        assert len(products) == 1
+
+
 class TestManyWeightedRows(DataInfSuite):
     n = examples = 15
     c = 2

@@ -137,7 +137,7 @@ FAILURES = {
     "no examples of a ModelData": (
         {},
         lambda: (ModelData(model(), batch())[:0],),
-        "no batches; give at least one example",
+        "select none of the 6 of its dataset; select at least one",
     ),
     "an exhausted iterator": ({}, lambda: (model(), exhausted()), "iterated over before is empty"),
     "a batch without examples": (

@@ -26,8 +26,10 @@ from fimkit import (
     ModelData,
     RegularizationCV,
     influence,
+    serialization,
 )
 from tests.cases import BY_NAME, CASES
+from tests.formats import write
 
 FORMATS = Path(__file__).parent / "formats"
 
@@ -292,6 +294,12 @@ def overlap(description, header):
     description[eigenvalues_of(description)]["data_offsets"] = [0, 8]
 
 
+def shifted(description, header):
+    """The bytes of the first tensor are those of the next, in part."""
+    entry = next(entry for name, entry in description.items() if name != "__metadata__")
+    entry["data_offsets"] = [offset + 8 for offset in entry["data_offsets"]]
+
+
 def lost_tensor(description, header):
     text = json.dumps(header["fitted"]).replace(eigenvalues_of(description), "lost")
     header["fitted"] = json.loads(text)
@@ -378,6 +386,7 @@ def test_integers_without_end_are_refused(saved):
         (endless_shape, "is damaged"),
         (other_dtype, "is damaged"),
         (overlap, "is damaged.*bytes 0 to 8"),
+        (shifted, r"is damaged.*is said to be bytes 8 to \d+"),
         (lost_tensor, "is damaged.*lost"),
         (other_class, "is damaged.*os.system"),
         (other_kind, "is damaged.*'Popen' is nothing that is kept in files"),
@@ -394,6 +403,138 @@ def test_damaged_files_are_refused(saved, change, message):
     changed(saved, change)
     with pytest.raises(IFVPUsageError, match=message):
         fimkit.load(saved)
+
+
+class Network(write.Network):
+    """Rows of every form: looked up, dense, factored, and none."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def rewritten(estimator, change, path):
+    """Fit and save an estimator, and let ``change`` edit what is saved and its tensors."""
+    batch = torch.randint(7, (6, 2)), torch.arange(6) % 4
+    fitted = clone(estimator).set_params(fisher="exact").fit(Network().double(), [batch])
+    fitted.save(path)
+    fimkit.load(path)
+    header, tensors = serialization.read(path)
+    change(dict(header["fitted"]["items"]), tensors)
+    serialization.write(path, header, tensors)
+
+
+def described(node, kind):
+    """Yield the descriptions of everything of a kind."""
+    if isinstance(node, dict) and node.get("is") == kind:
+        yield node
+    for inner in node.values() if isinstance(node, dict) else node:
+        if isinstance(inner, dict | list):
+            yield from described(inner, kind)
+
+
+PRIMAL, DUAL = Explicit(1e-2, solver="primal"), Explicit(1e-2, solver="dual")
+FIELDS = [
+    (PRIMAL, "DenseOperator", ["matrix"]),
+    (PRIMAL, "Columns", ["parts"]),
+    (PRIMAL, "ParameterSpace", ["shapes", "full_size"]),
+    (PRIMAL, "Settings", ["objective", "seed", "patterns", "dtype", "verbose"]),
+    (PRIMAL, "Objective", ["fisher", "n_samples"]),
+    (DUAL, "GramOperator", ["rows", "n"]),
+    (DUAL, "RowMatrix", ["groups", "size", "weights"]),
+    (DUAL, "DenseRows", ["rows"]),
+    (DUAL, "FactoredRows", ["inputs", "signals", "layout"]),
+    (DUAL, "LookupRows", ["indices", "signals", "vocabulary"]),
+    (DUAL, "ZeroRows", ["n", "c", "width", "dtype"]),
+    (DataInf(1e-2), "BlockDiagonalOperator", ["blocks"]),
+    (DataInf(1e-2), "DataInfOperator", ["rows", "n", "joint"]),
+    (
+        EKFAC(1e-2),
+        "EigenKroneckerOperator",
+        ["layout", "eigenvalues", "output_basis", "input_basis"],
+    ),
+    (EKFAC(1e-2), "MatrixLayout", ["groups", "out", "in_", "bias", "transposed"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kind", "field"),
+    [(estimator, kind, field) for estimator, kind, fields in FIELDS for field in fields],
+)
+def test_types_of_what_is_nested_are_checked(estimator, kind, field, tmp_path):
+    def change(fitted, tensors):
+        next(described([*fitted.values()], kind))[field] = 1.5
+
+    rewritten(estimator, change, tmp_path / "fitted")
+    with pytest.raises(IFVPUsageError, match=f"is damaged.* {field} of a {kind} is of type float"):
+        fimkit.load(tmp_path / "fitted")
+
+
+def reshaped(name, *shape):
+    def change(fitted, tensors):
+        tensors[f"fitted.fisher_.{name}"] = tensors[f"fitted.fisher_.{name}"].reshape(shape)
+
+    return change
+
+
+def cut(name):
+    def change(fitted, tensors):
+        tensors[f"fitted.fisher_.{name}"] = tensors[f"fitted.fisher_.{name}"][:-1]
+
+    return change
+
+
+def negative_index(fitted, tensors):
+    tensors["fitted.fisher_.rows.groups.0.1.indices"][0, 0] = -1
+
+
+def fewer_words(fitted, tensors):
+    """Than the parameters have, and the indices."""
+    (rows,) = described(fitted["fisher_"], "LookupRows")
+    rows["vocabulary"] = 1
+
+
+def columns_at(places):
+    """Give some groups, or blocks, other columns; they have 21, 3, 3, 16 and 6 in this order."""
+
+    def change(fitted, tensors):
+        columns = list(described(fitted["fisher_"], "Columns"))
+        for group, parts in places.items():
+            columns[group]["parts"]["items"] = [
+                {"is": "slice", "start": start, "stop": stop} for start, stop in parts
+            ]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kind", "change"),
+    [
+        (PRIMAL, "DenseOperator", reshaped("matrix", 343, 7)),
+        (EKFAC(1e-2), "EigenKroneckerOperator", reshaped("blocks.linear.1.input_basis", 1, 2, 8)),
+        (EKFAC(1e-2), "EigenKroneckerOperator", reshaped("blocks.linear.1.output_basis", 4, 2, 2)),
+        (EKFAC(1e-2), "EigenKroneckerOperator", reshaped("blocks.linear.1.eigenvalues", 1, 2, 8)),
+        (EKFAC(1e-2), "BlockDiagonalOperator", columns_at({2: [(21, 24)]})),
+        (EKFAC(1e-2), "BlockDiagonalOperator", columns_at({1: [(21, 25)], 2: [(25, 27)]})),
+        (EKFAC(1e-2), "BlockDiagonalOperator", columns_at({4: [(43, 51), (51, 49)]})),
+        (DUAL, "FactoredRows", reshaped("rows.groups.3.1.inputs", 6, 1, 4, 1)),
+        (DUAL, "FactoredRows", reshaped("rows.groups.3.1.signals", 6, 4, 1, 4, 1)),
+        (DUAL, "LookupRows", reshaped("rows.groups.0.1.indices", 2, 6)),
+        (DUAL, "LookupRows", negative_index),
+        (DUAL, "LookupRows", fewer_words),
+        (DUAL, "RowMatrix", columns_at({1: [(20, 23)]})),
+        (DUAL, "RowMatrix", columns_at({1: [(21, 23)]})),
+        (DUAL, "RowMatrix", columns_at({4: [(43, 51), (51, 49)]})),
+        (DUAL, "RowMatrix", columns_at({4: [(44, 50)]})),
+        (DUAL, "RowMatrix", columns_at({0: [(-3, 18)]})),
+        (DUAL, "RowMatrix", cut("rows.groups.1.1.rows")),
+        (DUAL, "RowMatrix", reshaped("rows.weights", 4, 6)),
+    ],
+)
+def test_shapes_that_do_not_fit_together(estimator, kind, change, tmp_path):
+    rewritten(estimator, change, tmp_path / "fitted")
+    with pytest.raises(IFVPUsageError, match=f"the shapes of a {kind} do not fit together"):
+        fimkit.load(tmp_path / "fitted")
 
 
 def test_descriptions_without_end_are_refused(tmp_path):

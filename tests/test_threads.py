@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, KFold
 from torch import nn
 from torch.utils.data import Dataset
@@ -109,6 +110,20 @@ def test_searches_in_parallel(data, backend):
     for key in scores:
         assert np.array_equal(together.cv_results_[key], alone.cv_results_[key])
     assert together.best_params_ == alone.best_params_
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_searches_in_parallel_with_as_many_threads(backend):
+    """Then sums of float32 are rounded alike."""
+    threads = {"inner_max_num_threads": torch.get_num_threads()} if backend == "loky" else {}
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    x, y = load_digits(return_X_y=True)
+    data = ModelData(model, (np.float32(x / 16), y))
+    search = GridSearchCV(EKFAC(), {"regularization": [1e-4, 1.0]}, cv=2, error_score="raise")
+    alone = search.fit(data).cv_results_["mean_test_score"]
+    with joblib.parallel_config(backend, **threads):
+        together = clone(search).set_params(n_jobs=2).fit(data).cv_results_["mean_test_score"]
+    assert np.array_equal(together, alone)
 
 
 def test_others_have_their_turn_between_batches(data):

@@ -39,24 +39,35 @@ __all__ = ["DAMAGE", "Restorer", "describe"]
 #: What restoring contents that nothing wrote may raise.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 
-# What is described by attributes that are arguments of its constructor, too. The Gram matrix and
-# the norms of rows are not among them: they are computed again.
-_FIELDS: dict[type, tuple[str, ...]] = {
-    BlockDiagonalOperator: ("blocks",),
-    Columns: ("parts",),
-    DataInfOperator: ("rows", "n", "joint"),
-    DenseOperator: ("matrix",),
-    DenseRows: ("rows",),
-    EigenKroneckerOperator: ("layout", "eigenvalues", "output_basis", "input_basis"),
-    FactoredRows: ("inputs", "signals", "layout"),
-    GramOperator: ("rows", "n"),
-    LookupRows: ("indices", "signals", "vocabulary"),
-    MatrixLayout: ("groups", "out", "in_", "bias", "transposed"),
-    Objective: ("loss", "fisher", "n_samples"),
-    ParameterSpace: ("shapes", "full_size"),
-    RowMatrix: ("groups", "size", "weights"),
-    Settings: ("objective", "seed", "patterns", "dtype", "verbose"),
-    ZeroRows: ("n", "c", "width", "dtype"),
+# What is described by attributes that are arguments of its constructor, too, with their types. The
+# Gram matrix and the norms of rows are not among them: they are computed again.
+_FIELDS: dict[type, dict[str, Any]] = {
+    BlockDiagonalOperator: {"blocks": dict},
+    Columns: {"parts": tuple},
+    DataInfOperator: {"rows": RowMatrix, "n": int, "joint": bool},
+    DenseOperator: {"matrix": Tensor},
+    DenseRows: {"rows": Tensor},
+    EigenKroneckerOperator: {
+        "layout": MatrixLayout,
+        "eigenvalues": Tensor,
+        "output_basis": Tensor | None,
+        "input_basis": Tensor | None,
+    },
+    FactoredRows: {"inputs": Tensor, "signals": Tensor, "layout": MatrixLayout},
+    GramOperator: {"rows": RowMatrix, "n": int},
+    LookupRows: {"indices": Tensor, "signals": Tensor, "vocabulary": int},
+    MatrixLayout: {"groups": int, "out": int, "in_": int, "bias": bool, "transposed": bool},
+    Objective: {"loss": object, "fisher": str, "n_samples": int},
+    ParameterSpace: {"shapes": dict, "full_size": int},
+    RowMatrix: {"groups": list, "size": int, "weights": Tensor | None},
+    Settings: {
+        "objective": Objective,
+        "seed": int,
+        "patterns": tuple | None,
+        "dtype": torch.dtype | None,
+        "verbose": bool,
+    },
+    ZeroRows: {"n": int, "c": int, "width": int, "dtype": torch.dtype},
 }
 _CLASSES = {cls.__name__: cls for cls in _FIELDS}
 
@@ -164,13 +175,22 @@ class Restorer:
             return described
         kind, parts = described["is"], {k: v for k, v in described.items() if k != "is"}
         if kind in _CLASSES:
-            arguments = {name: self.restore(parts[name]) for name in _FIELDS[_CLASSES[kind]]}
+            arguments = {
+                name: self._field(f"{name} of a {kind}", parts[name], expected)
+                for name, expected in _FIELDS[_CLASSES[kind]].items()
+            }
             value = self._made(_CLASSES[kind], arguments)
             check = _CHECKS.get(type(value))
             if check is not None and not check(value):
                 raise ValueError(f"the shapes of a {kind} do not fit together")
             return value
         return self._simple(kind, parts)
+
+    def _field(self, name: str, described: Any, expected: Any) -> Any:
+        value = self.restore(described)
+        if not isinstance(value, expected):
+            raise TypeError(f"{name} is of type {type(value).__name__}")
+        return value
 
     def _simple(self, kind: str, parts: Mapping[str, Any]) -> Any:
         match kind:
@@ -236,12 +256,12 @@ def _dtype(name: str) -> torch.dtype:
 # -- shapes ----------------------------------------------------------------------------------------
 
 
-def _covers(columns: list[Columns], size: int, *, gaps: bool) -> bool:
-    """Whether columns are disjoint parts of ``size``, and all of it unless there may be gaps."""
+def _disjoint(columns: list[Columns], size: int) -> bool:
+    """Whether columns are disjoint parts of ``size``."""
     parts = sorted((part.start, part.stop) for each in columns for part in each.parts)
     edges = [(0, 0), *parts, (size, size)]
-    return all(start <= stop for start, stop in edges) and all(
-        left[1] <= right[0] if gaps else left[1] == right[0] for left, right in pairwise(edges)
+    return all(start <= stop for start, stop in parts) and all(
+        left[1] <= right[0] for left, right in pairwise(edges)
     )
 
 
@@ -269,7 +289,7 @@ def _lookups_fit(rows: LookupRows) -> bool:
 def _rows_fit(matrix: RowMatrix) -> bool:
     shape = (matrix.n, matrix.c)
     return (
-        _covers([columns for columns, _ in matrix.groups], matrix.size, gaps=True)
+        _disjoint([columns for columns, _ in matrix.groups], matrix.size)
         and all(columns.size == rows.width for columns, rows in matrix.groups)
         and all((rows.n, rows.c) == shape for _, rows in matrix.groups)
         and (matrix.weights is None or matrix.weights.shape == shape)
@@ -278,7 +298,7 @@ def _rows_fit(matrix: RowMatrix) -> bool:
 
 def _blocks_fit(operator: BlockDiagonalOperator) -> bool:
     blocks = list(operator.blocks.values())
-    return _covers([columns for columns, _ in blocks], operator.size, gaps=False) and all(
+    return _disjoint([columns for columns, _ in blocks], operator.size) and all(
         columns.size == block.size for columns, block in blocks
     )
 

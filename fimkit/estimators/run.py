@@ -371,6 +371,11 @@ class Run:
                 self._refuse_infinite()
             yield gradients
         if not self.sizes:
+            if isinstance(self.data, ModelData):
+                raise IFVPUsageError(
+                    f"{self.data!r} has no examples: its indices, or the slice that it is, select "
+                    f"none of the {len(self.data.dataset)} of its dataset; select at least one."
+                )
             raise IFVPUsageError(
                 "the data has no batches; give at least one example (an iterator that was "
                 "iterated over before is empty: give a list or a DataLoader)."

@@ -221,5 +221,6 @@ def _sequence(batch: Any) -> Sequence[Any]:
         )
     raise IFVPUsageError(
         f"a batch must be a tuple or list (*inputs, targets), or a mapping with 'labels'; got "
-        f"{found}. Pass a callable loss(model, batch) for other batches."
+        f"{found}. Give the targets as well, for instance as ModelData(model, (inputs, targets)), "
+        "or pass a callable loss(model, batch) for other batches."
     )

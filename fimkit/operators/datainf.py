@@ -14,7 +14,7 @@ rows of an example are taken together, the orthogonal combinations that diagonal
 .. math:: M^{-1} = \lambda (I - U^\top U)^{-1}
                  = \lambda (I + U^\top (I - U U^\top)^{-1} U) ,
 
-through the smaller of the two matrices. As for the dual form of the exact Fisher, arithmetic is
+through the cheaper of the two matrices. As for the dual form of the exact Fisher, arithmetic is
 float64 in chunks, whatever the rows are stored in; but products with M are float32 where rows and
 vectors are and that is precise. For rows that stand for themselves each term is
 :math:`(u_r^\top v) u_r` with :math:`\sum_r \|u_r\|^2 \leq 1`, so what float32 errs by is a few
@@ -268,11 +268,14 @@ class DataInfOperator(Operator):
 
     @property
     def _primal(self) -> bool:
-        """Whether there are no fewer directions than parameters."""
-        return self.size <= len(self._norms)
+        """Whether the matrix over parameters costs less than that over directions, for one λ.
+
+        It is summed up again for every other λ, while the directions' inner products are kept.
+        """
+        return 3 * self.size < 2 * len(self._norms)
 
     def _factor(self, damping: float) -> Tensor:
-        """Return the lower factor of ``I - UᵀU``, or of ``I - UUᵀ`` where that is smaller."""
+        """Return the lower factor of ``I - UᵀU``, or of ``I - UUᵀ`` where that costs less."""
         self._check(damping)
         kept = self._kept  # read once, since another thread may replace it
         if kept is not None and kept[0] == damping:
