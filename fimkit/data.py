@@ -20,6 +20,7 @@ from torch.utils.data import (
     StackDataset,
     Subset,
     TensorDataset,
+    default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -201,11 +202,24 @@ class ModelData:
 
     def batches(self) -> DataLoader[Any]:
         """Return a loader of the examples, in order."""
+        own = self.collate_fn not in (None, default_collate)
         return DataLoader(
             Subset(self.dataset, self.indices.tolist()),
             batch_size=self.batch_size,
-            collate_fn=self.collate_fn,
+            collate_fn=self.collate_fn if own else _collate,
         )
+
+
+def _collate(examples: list[Any]) -> Any:
+    """Put examples together as PyTorch does by default, or raise what to do about them."""
+    try:
+        return default_collate(examples)
+    except (RuntimeError, TypeError) as error:
+        raise IFVPUsageError(
+            f"examples cannot be put together by PyTorch's default_collate ({error}); give "
+            "ModelData(model, dataset, collate_fn=...), which makes a batch of a list of examples, "
+            "such as by torch.nn.utils.rnn.pad_sequence where lengths differ."
+        ) from error
 
 
 def _refuse_samplers(loader: DataLoader[Any]) -> None:

@@ -439,3 +439,18 @@ def test_no_examples(model):
         for empty in (data[:0], data[3:5][np.array([False, False])]):
             with pytest.raises(IFVPUsageError, match=message):
                 call(empty)
+
+
+def test_examples_of_uneven_length():
+    examples = [(torch.randn(length), length % 2) for length in (3, 4)]
+    with pytest.raises(IFVPUsageError, match=r"default_collate.*collate_fn=.*pad_sequence"):
+        EKFAC().fit(ModelData(nn.Linear(4, 2), examples))
+
+
+def test_an_error_of_the_dataset_itself_is_its_own():
+    class Broken(list):
+        def __getitem__(self, index):
+            raise RuntimeError("no such file")
+
+    with pytest.raises(RuntimeError, match="no such file"):
+        EKFAC().fit(ModelData(nn.Linear(4, 2), Broken([1, 2])))

@@ -849,6 +849,15 @@ def test_inputs_that_the_model_cannot_take(batch, message):
         Explicit().fit(nn.Linear(3, 2), [batch(x, y)])
 
 
+def test_inputs_that_the_model_of_a_function_cannot_take():
+    def loss(model, batch):
+        return model(batch[0]).square().sum(1)
+
+    batch = torch.randn(6, 3, dtype=torch.float64), torch.arange(6)
+    with pytest.raises(IFVPUsageError, match=r"loss=loss was called.*inputs are float64"):
+        Explicit(loss=loss).fit(nn.Linear(3, 2), [batch])
+
+
 def test_pixels_that_are_squeezed_with_the_only_example():
     model = nn.Sequential(nn.Conv2d(1, 3, 2), Squeezed())
     x, y = torch.randn(5, 1, 2, 2), torch.arange(5) % 3

@@ -45,6 +45,7 @@ def explained(
         return None
     if isinstance(loss, CallableLoss):
         remedy = _of_function(error, loss, model, batch) or of_batch
+        remedy = remedy or _of_tensors(error, model, batch)
         how = f"{loss.name} was called as loss(model, batch)"
     else:
         remedy = of_batch or _of_call(error, model, batch) or _of_tensors(error, model, batch)
@@ -119,9 +120,7 @@ def _of_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
     """Return how the dtypes or the shapes of inputs do not suit the model."""
     if type(error) is not RuntimeError:
         return None
-    args, kwargs = arguments_of(batch)
-    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    given = {tensor.dtype for tensor in inputs}
+    given = {value.dtype for value in _inputs(batch) if isinstance(value, Tensor)}
     taken = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if given and taken and given.isdisjoint(taken) and "type" in str(error):
         names = [" and ".join(sorted(map(_dtype, dtypes))) for dtypes in (given, taken)]
@@ -132,6 +131,13 @@ def _of_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
     if _OF_SHAPES.search(str(error)):
         return "Compare the inputs' shapes with what the model's layers take."
     return None
+
+
+def _inputs(batch: Any) -> list[Any]:
+    """Return what a batch has besides its targets, where those are at their usual place."""
+    if isinstance(batch, Mapping):
+        return [value for key, value in batch.items() if key != "labels"]
+    return list(batch[:-1]) if isinstance(batch, tuple | list) else []
 
 
 def _of_function(error: Exception, loss: CallableLoss, model: nn.Module, batch: Any) -> str | None:
