@@ -127,9 +127,13 @@ def eigenvalue_bytes(setting):
 
 
 def eigh_bytes(setting, side):
-    """The largest matrices side by side in float64: input, output, and twice that to work in."""
+    """The largest matrices side by side in float64, and twice that to work in.
+
+    One at a time is on a device, where the eigenvectors do not take the matrix's place.
+    """
     sizes = sorted(m for layer, count in setting.layers for m in [*layer[:2]] * count)
-    return sum(4 * 8 * m**2 for m in sizes[-side:])
+    copies = 3 if side > 1 else 4
+    return sum(copies * 8 * m**2 for m in sizes[-side:])
 
 
 def batch_bytes(setting):
