@@ -818,3 +818,24 @@ def test_a_model_that_warns_of_small_batches_is_checked():
     model = Apply(forward, layer=nn.Linear(3, 2))
     with pytest.raises(IFVPUsageError, match="the loss of one example depends on the others"):
         Explicit().fit(model, [(torch.randn(6, 3), torch.arange(6) % 2)])
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda texts, y: (texts, y), lambda texts, y: {"t": texts, "y": y}]
+)
+@pytest.mark.parametrize("mixes", [False, True])
+def test_lists_of_texts_are_cut(wrap, mixes):
+    def loss(model, batch):
+        texts, y = batch.values() if isinstance(batch, dict) else batch
+        x = torch.tensor([[text.count(letter) for letter in "abc"] for text in texts]).double()
+        return F.cross_entropy(model(x - x.mean(0) if mixes else x), y, reduction="none")
+
+    model, y = nn.Linear(3, 2).double(), torch.arange(4) % 2
+    texts = ["abba", "cab", "bcb", "a"]
+    if mixes:
+        with pytest.raises(IFVPUsageError, match="the loss of one example depends on the others"):
+            Explicit(loss=loss).fit(model, [wrap(texts, y)])
+        return
+    x = torch.tensor([[2, 2, 0], [1, 1, 1], [0, 2, 1], [1, 0, 0]]).double()
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, y), 4)
+    assert distance(Explicit(loss=loss).fit(model, [wrap(texts, y)]), rows) <= 1e-12

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fimkit.exceptions import IFVPUsageError
-from fimkit.gradients.tree import map_tensors
+from fimkit.gradients.tree import map_tensors, tensors
 
 __all__ = ["Cut", "SharedTensors", "cut_out", "cuts", "fits"]
 
@@ -113,15 +113,28 @@ def cuts(batch: Sequence[Tensor], labels: Sequence[Tensor], n: int, shared: set[
     return list(dict.fromkeys(found))
 
 
-def cut_out(part: slice, cut: Cut, batch: Any) -> Any:
-    """Return what a batch holds of some examples, and all that examples share."""
+def cut_out(part: slice, cut: Cut, batch: Any, labels: list[Any], n: int) -> tuple[Any, list[Any]]:
+    """Return what a batch of n and its labels hold of some examples, and all that examples share.
+
+    Of lists of n things without tensors, such as texts, those of the examples.
+    """
     dims = iter(cut)
 
     def of_tensor(tensor: Tensor) -> Tensor:
         dim = next(dims)
         return tensor if dim is None else tensor.narrow(dim, part.start, part.stop - part.start)
 
-    return map_tensors(of_tensor, batch)
+    return map_tensors(of_tensor, _cut_lists(part, batch, n)), map_tensors(of_tensor, labels)
+
+
+def _cut_lists(part: slice, batch: Any, n: int) -> Any:
+    if isinstance(batch, dict):
+        return {key: _cut_lists(part, value, n) for key, value in batch.items()}
+    if type(batch) not in (list, tuple):
+        return batch
+    if len(batch) == n and not tensors(batch):
+        return batch[part]
+    return type(batch)(_cut_lists(part, value, n) for value in batch)
 
 
 def fits(cut: Cut, leaves: Sequence[Tensor], n: int) -> bool:

@@ -422,7 +422,7 @@ class GradientEngine:
         """Whether some examples have the same losses without the rest; None if they do not run."""
         ran = None
         for cut in self._fallback.cuts(run.batch, run.labels, run.shape[0]):
-            alone = self._fallback.alone(part, cut, run.batch, run.labels)
+            alone = self._fallback.alone(part, cut, run.batch, run.labels, run.shape[0])
             if alone is None:
                 continue
             same = same_scalars(alone, run.scalars[part], run.precision)
@@ -441,7 +441,7 @@ class GradientEngine:
         """
         whole = slice(0, run.shape[0])
         alone, together = (
-            self._fallback.alone(some, cut, run.batch, run.labels, double=True)
+            self._fallback.alone(some, cut, run.batch, run.labels, run.shape[0], double=True)
             for some in (part, whole)
         )
         if alone is None or together is None:

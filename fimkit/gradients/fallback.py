@@ -71,7 +71,7 @@ class FallbackGradients:
             self._cut, self.vectorized = cut, True
 
     def alone(
-        self, part: slice, cut: Cut, batch: Any, labels: list[Any], *, double: bool = False
+        self, part: slice, cut: Cut, batch: Any, labels: list[Any], n: int, *, double: bool = False
     ) -> Tensor | None:
         """Return some examples' scalars without the rest, or None if the model cannot be run.
 
@@ -79,12 +79,12 @@ class FallbackGradients:
         ----------
         part : slice
         cut : Cut
-        batch, labels
+        batch, labels, n
             As given to `rows`.
         double : bool, default=False
             Whether to compute in float64 throughout.
         """
-        example = cut_out(part, cut, (batch, labels))
+        example = cut_out(part, cut, batch, labels, n)
         # With gradients, without which torch takes other ways; and whatever warnings lead to.
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
             if double:
@@ -159,7 +159,7 @@ class FallbackGradients:
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = [[] for _ in parameters]
         for i in range(n):
-            scalars = self._program(*cut_out(slice(i, i + 1), cut, (batch, labels)))
+            scalars = self._program(*cut_out(slice(i, i + 1), cut, batch, labels, n))
             if scalars.shape[0] != 1:
                 raise IFVPUsageError(
                     "a single example cut out of the batch gave losses of shape "
