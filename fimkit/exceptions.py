@@ -1,6 +1,12 @@
-"""The errors that fimkit raises of its own."""
+"""The errors that fimkit raises of its own, and how it warns."""
 
-__all__ = ["IFVPUsageError", "RankError", "SingularFisherError"]
+import sys
+import warnings
+
+__all__ = ["IFVPUsageError", "RankError", "SingularFisherError", "warn"]
+
+# Modules that hand a user's call on.
+_PASSED_ON = ("fimkit.", "joblib.", "sklearn.")
 
 
 class IFVPUsageError(ValueError):
@@ -22,3 +28,11 @@ class SingularFisherError(ValueError):
 
     Raised instead of returning NaN or inf; the remedy is a larger ``regularization``.
     """
+
+
+def warn(message: str) -> None:
+    """Warn of what is likely not meant, at the user's line that led to it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_PASSED_ON):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -933,3 +934,13 @@ def test_what_may_be_meant_does_not_warn(loss, build):
     x, y = torch.randn(6, 3), torch.arange(6) % 2
     y = torch.stack([y, 1 - y], 1).float() if loss == "mse" else y
     assert EKFAC(loss=loss).fit(build(nn.Linear(3, 2)), [(x, y)]).n_samples_seen_ == 6
+
+
+def test_warnings_point_at_the_line_of_the_user():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Softmax(1))
+    data = ModelData(model, (torch.randn(8, 3), torch.arange(8) % 2))
+    search = GridSearchCV(EKFAC(), {"regularization": [0.1, 1.0]}, cv=2)
+    for fit in (EKFAC().fit, search.fit):
+        with pytest.warns(UserWarning, match="with a softmax") as caught:
+            fit(data)
+        assert {warning.filename for warning in caught} == {__file__}

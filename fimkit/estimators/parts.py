@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from fimkit.distributed import Ranks
 from fimkit.estimators.run import Run
-from fimkit.exceptions import IFVPUsageError
+from fimkit.exceptions import IFVPUsageError, warn
 from fimkit.gradients import BatchGradients, GroupGradients
 from fimkit.operators import (
     Columns,
@@ -164,11 +163,9 @@ class LayerParts:
     def warn_of_unused_mask(self) -> None:
         """Warn if no layer had positions of the masks' shape."""
         if self._masked and not self._mask_met:
-            warnings.warn(
+            warn(
                 "a padding mask was given, and no Kronecker layer has positions of its shape "
-                "(examples, positions): padding counts in the factors of all layers.",
-                UserWarning,
-                stacklevel=5,  # fit, _fit, _finish, here
+                "(examples, positions): padding counts in the factors of all layers."
             )
 
     def _look_for_mask(self, gradients: BatchGradients) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from fimkit.distributed import Ranks
 from fimkit.estimators.base import FisherEstimator
 from fimkit.estimators.regularization import regularization_path
 from fimkit.estimators.run import inside
-from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.exceptions import IFVPUsageError, SingularFisherError, warn
 from fimkit.gradients import whole
 
 __all__ = ["RegularizationCV"]
@@ -280,7 +279,7 @@ def _warn_of_singular(grid: list[float], mean: npt.NDArray[np.float64]) -> None:
     )
     if len(singular) == len(grid):
         raise SingularFisherError(f"{found}; give larger ones.")
-    warnings.warn(f"{found}; these are not chosen.", UserWarning, stacklevel=3)
+    warn(f"{found}; these are not chosen.")
 
 
 def _warn(grid: list[float], scores: npt.NDArray[np.float64], best: int) -> None:
@@ -293,18 +292,14 @@ def _warn(grid: list[float], scores: npt.NDArray[np.float64], best: int) -> None
     error = gains.std(0, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.zeros(len(grid))
     rounding = _ROUNDING * abs(scores[:, best].mean())
     if (gains.mean(0) <= np.maximum(error, rounding))[usable].all():
-        warnings.warn(
+        warn(
             f"all regularizations from {min(tried):g} to {max(tried):g} score alike, up to the "
             f"standard error over {len(gains)} folds, so the choice of {grid[best]:g} is chance; "
-            "spread them further, or give more data.",
-            UserWarning,
-            stacklevel=3,
+            "spread them further, or give more data."
         )
     elif grid[best] in (min(grid), max(grid)):
         side, beyond = ("largest", "larger") if grid[best] == max(grid) else ("least", "smaller")
-        warnings.warn(
+        warn(
             f"the best regularization, {grid[best]:g}, is the {side} of those tried; include "
-            f"{beyond} ones, since a better one may lie there.",
-            UserWarning,
-            stacklevel=3,
+            f"{beyond} ones, since a better one may lie there."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +26,7 @@ from fimkit.distributed import Ranks
 from fimkit.estimators.blocks import select_parameters
 from fimkit.estimators.checkpoint import Checkpoint
 from fimkit.estimators.settings import Settings
-from fimkit.exceptions import IFVPUsageError
+from fimkit.exceptions import IFVPUsageError, warn
 from fimkit.gradients import (
     UNSEEN,
     AmbientAutocast,
@@ -387,7 +386,7 @@ class Run:
         """Warn of what the loss doubts about a batch, once."""
         if doubt is not None and not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"batch {i}: {doubt}", UserWarning, stacklevel=2)
+            warn(f"batch {i}: {doubt}")
 
     def _check_again(self, i: int, batch: Any) -> None:
         """Keep the checksum of a batch, or compare it with that of the same batch before."""

@@ -12,7 +12,6 @@ otherwise.
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from numbers import Real
 from typing import Any, Callable, Tuple  # noqa: UP035
@@ -20,7 +19,7 @@ from typing import Any, Callable, Tuple  # noqa: UP035
 import torch
 from torch import Tensor
 
-from fimkit.exceptions import IFVPUsageError, SingularFisherError
+from fimkit.exceptions import IFVPUsageError, SingularFisherError, warn
 from fimkit.functional.checks import (
     check_arguments,
     check_callable,
@@ -185,13 +184,11 @@ def _at(
     with torch.inference_mode(False), torch.enable_grad():
         operator, doubt = fisher(func, arguments, argnums)
     if doubt is not None:
-        warnings.warn(
+        warn(
             f"The Fisher information matrix is g gᵀ of the gradient of the whole call, of rank 1, "
             f"because {doubt}. To say what is meant, wrap func: "
             "fimkit.functional.per_example(func, in_dims) if slices of the arguments are the "
-            "examples, fimkit.functional.single_example(func) if the call is one.",
-            UserWarning,
-            stacklevel=3,
+            "examples, fimkit.functional.single_example(func) if the call is one."
         )
     return partial(_solve, operator, damping)
 
