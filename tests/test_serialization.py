@@ -608,3 +608,11 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder.*make it first") as caught:
         fitted.save(tmp_path / "results" / "small.fimkit")
     assert caught.value.filename == str(tmp_path / "results")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_devices_to_load_on(device, tmp_path):
+    path = tmp_path / "small.fimkit"
+    EKFAC().fit(nn.Linear(3, 2), [(torch.randn(6, 3), torch.arange(6) % 2)]).save(path)
+    with pytest.raises(IFVPUsageError, match=f"device='{device}'"):
+        fimkit.load(path, device=device)

@@ -13,7 +13,7 @@ from fimkit.estimators.datainf import DataInf
 from fimkit.estimators.description import DAMAGE, Restorer
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.estimators.explicit import Explicit
-from fimkit.estimators.settings import Settings
+from fimkit.estimators.settings import Settings, usable_device
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import Operator
 from fimkit.vectors import ParameterSpace
@@ -64,7 +64,7 @@ def load(
     ------
     IFVPUsageError
         If the file was not written by fimkit, or by a later version of the format, or is damaged;
-        or if ``loss`` is needed.
+        or if ``loss`` is needed, or ``device`` is of no use.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def load(
     True
     """
     header, tensors = serialization.read(path)
-    restorer = Restorer(tensors, torch.empty(0, device=device).device, loss)
+    restorer = Restorer(tensors, usable_device(device), loss)
     try:
         estimator = _METHODS[header["class"]](**restorer.restore(header["parameters"]))
         fitted = restorer.restore(header["fitted"])

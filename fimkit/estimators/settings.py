@@ -15,7 +15,7 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients import Objective
 from fimkit.losses import resolve_loss
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "usable_device"]
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,30 @@ class Settings:
             objective,
             _seed(estimator.random_state),
             None if parameters is None else name_patterns(parameters, "parameters"),
-            None if estimator.device is None else _device(estimator.device),
+            None if estimator.device is None else usable_device(estimator.device),
             estimator.dtype,
             bool(estimator.verbose),
         )
 
 
-def _device(device: str | torch.device) -> torch.device:
-    """Return the device that tensors are on when they are made on this one."""
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device that tensors are on when they are made on this one.
+
+    Raises
+    ------
+    IFVPUsageError
+        If it is none of this machine, or has no numbers.
+    """
     try:
         found: torch.device = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
         why = str(error).partition("\n")[0]
         raise IFVPUsageError(
             f"device={str(device)!r} cannot be used here: {why}. Give a device of this machine, "
-            "such as 'cpu', or None for the model's."
+            "such as 'cpu'."
         ) from error
     if found.type == "meta":
-        raise IFVPUsageError("device='meta' holds no numbers; give None for the model's device.")
+        raise IFVPUsageError("device='meta' holds no numbers; give a device that does.")
     return found
 
 
