@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
-from fimkit.gradients.cuts import Cut
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
+from fimkit.gradients.independence import DEPENDENT, check_independence, unchecked
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
@@ -31,7 +31,7 @@ from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
 from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
-from fimkit.gradients.verification import RandomSum, graph_shape, same_scalars, still_fit
+from fimkit.gradients.verification import RandomSum, graph_shape, still_fit
 from fimkit.losses import Uniforms
 from fimkit.losses.failures import explained
 from fimkit.operators import Columns
@@ -42,12 +42,6 @@ __all__ = ["UNSEEN", "GradientEngine"]
 
 #: How the gradients of a parameter are obtained that no example has met.
 UNSEEN = "no gradient seen"
-
-_DEPENDENT = (
-    "the loss of one example depends on the others in its batch (batch statistics, a division by "
-    "the batch's length, outputs (B, 1) broadcast against targets (B,)), or differs between calls "
-    "(randomness in the model, which may be drawn in the dataset instead, or replaced by its mean)"
-)
 
 
 @dataclass
@@ -339,7 +333,11 @@ class GradientEngine:
             if not self._fallback_names.isdisjoint(group.names):
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
-        self._verify_alone(run)
+        checked = check_independence(
+            self._fallback, run.batch, run.labels, run.scalars, run.precision
+        )
+        if not checked:
+            self.doubt = self.doubt or unchecked(run.batch)
         ways = {name: use.description for use in run.uses for name in use.names}
         ways.update(dict.fromkeys(self._fallback_names, self._fallback.description))
         reached = dict(run.graph)
@@ -386,68 +384,12 @@ class GradientEngine:
         alone = "" if wrong else f" (an example alone raised {type(problem).__name__}: {problem})"
         raise IFVPUsageError(
             f"the gradients of single examples do not add up to autograd's gradient for {names}"
-            f"{alone}: {_DEPENDENT}, or a tensor of the batch has its examples neither along its "
+            f"{alone}: {DEPENDENT}, or a tensor of the batch has its examples neither along its "
             "first nor its second dimension, or the model takes them along another one than they "
             "lie (recurrent and attention layers without batch_first=True), or a hook on the "
             "parameter changes its gradient. Remove the cause, or leave these parameters out with "
             "parameters=."
         ) from problem
-
-    def _verify_alone(self, run: _Pass) -> None:
-        """Refuse losses of examples that are others without the rest of their batch.
-
-        The first is run alone and the last; two of them, where the model does not run on one, or
-        half of the batch.
-        """
-        n = run.shape[0]
-        if n == 1:
-            return
-        for count in sorted({1, 2, n // 2} & set(range(1, n))):
-            ends = slice(0, count), slice(n - count, n)
-            same = [self._is_same_alone(run, part) for part in ends]
-            if False in same:
-                raise IFVPUsageError(
-                    f"an example alone has another loss than in its batch: {_DEPENDENT}. Remove "
-                    "the dependence."
-                )
-            if None not in same:
-                return
-        self.doubt = self.doubt or (
-            "it was not checked that no example's loss depends on the others: the model runs on no "
-            f"part of the batch, a {type(run.batch).__name__}. If it does not depend on them, all "
-            "is right; a batch that is a tuple, list, mapping or dataclass of tensors can be cut."
-        )
-
-    def _is_same_alone(self, run: _Pass, part: slice) -> bool | None:
-        """Whether some examples have the same losses without the rest; None if they do not run."""
-        ran = None
-        for cut in self._fallback.cuts(run.batch, run.labels, run.shape[0]):
-            alone = self._fallback.alone(part, cut, run.batch, run.labels, run.shape[0])
-            if alone is None:
-                continue
-            same = same_scalars(alone, run.scalars[part], run.precision)
-            if same is None:
-                same = self._is_same_in_double(run, part, cut)
-            if same:
-                self._fallback.shared.assume(cut, tensors(run.batch), run.shape[0])
-                return True
-            ran = False
-        return ran
-
-    def _is_same_in_double(self, run: _Pass, part: slice, cut: Cut) -> bool:
-        """Whether that holds in float64, where the model's own precision does not tell.
-
-        Taken for true of a model that cannot be run in it.
-        """
-        whole = slice(0, run.shape[0])
-        alone, together = (
-            self._fallback.alone(some, cut, run.batch, run.labels, run.shape[0], double=True)
-            for some in (part, whole)
-        )
-        if alone is None or together is None:
-            return True
-        error, scale = (alone - together[part]).abs().max(), together[part].abs().max()
-        return bool(error <= 1e-4 * scale + 1e-6)  # parts may be in float32 all the same
 
     def _fallback_rows(self, run: _Pass) -> dict[str, Tensor]:
         names = [name for name in self._space.shapes if name in self._fallback_names]
