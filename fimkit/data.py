@@ -452,9 +452,12 @@ def _is_full_slice(part: Any) -> bool:
 
 def _map_style(dataset: Any) -> Any:
     foreign = isinstance(dataset, ModelData | IterableDataset | nn.Module | Mapping | str | type)
-    if foreign or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    table = bool(_to_numpy(dataset)) and not isinstance(dataset, Dataset)
+    indexable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if foreign or table or not indexable:
         raise IFVPUsageError(
-            f"dataset must have a length and be indexable by integers; got {described(dataset)}. "
+            "dataset must have a length and be indexable by integers; got "
+            f"{described(dataset)}{_to_numpy(dataset)}. "
             "Give a map-style Dataset, a DataLoader of one, or a tuple of tensors; a stream of "
             "batches goes to fit(model, dataloader) directly."
         )
@@ -465,6 +468,13 @@ def _of_columns(listed: tuple[Any, ...] | list[Any]) -> Any:
     """Return the dataset that a tuple of inputs and targets is, or a list of examples as it is."""
     if any(map(_is_column, listed)):
         return _paired(listed)
+    unknown = [item for item in listed if not isinstance(item, tuple | list | Mapping)]
+    if isinstance(listed, tuple) and unknown:
+        kinds = ", ".join(type(item).__name__ for item in listed)
+        raise IFVPUsageError(
+            f"dataset is a tuple of {kinds}; give (inputs, targets) as tensors or arrays"
+            f"{_to_numpy(unknown[0])}, or datasets of equal length, or a list of examples."
+        )
     if isinstance(listed, tuple) and {type(item) for item in listed} == {list}:
         raise IFVPUsageError(
             "dataset is a tuple of lists, which may be inputs and targets, or examples; give "
@@ -472,6 +482,12 @@ def _of_columns(listed: tuple[Any, ...] | list[Any]) -> Any:
             "list(zip(inputs, targets))."
         )
     return listed
+
+
+def _to_numpy(table: Any) -> str:
+    """Return how a table becomes an array, where it is one."""
+    ways = [way for way in ("to_numpy", "toarray") if hasattr(table, way)]
+    return f", such as table.{ways[0]}()" if ways else ""
 
 
 def _is_column(item: Any) -> bool:

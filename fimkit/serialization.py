@@ -147,6 +147,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
                     f"{version} of the format, and fimkit {fimkit.__version__} reads up to "
                     f"{VERSION}; install a later fimkit."
                 )
+            if version < 1:
+                raise ValueError(f"there is no version {version} of the format")
             text = metadata["header"]
             if metadata.get("header_sha256", _digest(text)) != _digest(text):  # old files have none
                 raise ValueError("its header is not the one that was written")

@@ -454,3 +454,37 @@ def test_an_error_of_the_dataset_itself_is_its_own():
 
     with pytest.raises(RuntimeError, match="no such file"):
         EKFAC().fit(ModelData(nn.Linear(4, 2), Broken([1, 2])))
+
+
+class Table:
+    """As a data frame: by columns, with a length."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, column):
+        raise KeyError(column)
+
+    def to_numpy(self):
+        return np.zeros((5, 3))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ((Table(), Table()), r"a tuple of Table, Table; .* such as table\.to_numpy\(\)"),
+        (Table(), r"got Table, such as table\.to_numpy\(\)"),
+        (("a", "b"), "a tuple of str, str; give"),
+        ((None, None), "a tuple of NoneType, NoneType; give"),
+        ((iter([1]), iter([2])), "a tuple of list_iterator"),
+        ((DataLoader([1, 2]), DataLoader([1, 2])), "a tuple of DataLoader, DataLoader; give"),
+    ],
+)
+def test_tuples_of_what_holds_no_examples(dataset, message):
+    with pytest.raises(IFVPUsageError, match=message):
+        ModelData(nn.Linear(3, 2), dataset)
+
+
+def test_a_tuple_of_examples():
+    data = ModelData(nn.Linear(3, 2), ((torch.ones(3), 0), (torch.zeros(3), 1)))
+    assert EKFAC(0.1).fit(data).n_samples_seen_ == 2

@@ -197,6 +197,7 @@ FORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*it was not checked that no example's loss depends")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "method",

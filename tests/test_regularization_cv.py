@@ -322,3 +322,13 @@ def test_warnings_beside_singular_candidates(data, middle, messages):
     assert len(caught) == len(messages)
     for warning, message in zip(caught, messages, strict=True):
         assert message in str(warning.message)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_there_is_nothing_to_choose_from():
+    data = ModelData(nn.Linear(3, 2), (torch.randn(8, 3), torch.arange(8) % 2))
+    with pytest.raises(IFVPUsageError, match=r"cv=\[\] has no folds"):
+        RegularizationCV(EKFAC(), [0.1, 1.0], cv=[]).fit(data)
+    chosen = RegularizationCV(EKFAC(), [0.1, 1.0], cv=2).fit(data)
+    with pytest.raises(IFVPUsageError, match="a RegularizationCV, which has no regularization"):
+        RegularizationCV(chosen, [0.1, 1.0], cv=2).fit(data)

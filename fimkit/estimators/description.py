@@ -37,7 +37,16 @@ from fimkit.vectors import ParameterSpace
 __all__ = ["DAMAGE", "Restorer", "describe"]
 
 #: What restoring contents that nothing wrote may raise.
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
+DAMAGE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
 
 # What is described by attributes that are arguments of its constructor, too, with their types. The
 # Gram matrix and the norms of rows are not among them: they are computed again.

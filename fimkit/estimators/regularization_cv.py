@@ -152,6 +152,16 @@ class RegularizationCV(  # type: ignore[call-arg]
             check_model_data(data, "data")
             grid = regularization_path(self.regularizations)
             folds = list(check_cv(self.cv, y).split(data, y, groups))
+            if not folds:
+                raise IFVPUsageError(
+                    f"cv={self.cv!r} has no folds; give a number of folds, a splitter, or a list "
+                    "of (train, test) indices (a generator is empty when it was used before)."
+                )
+            if "regularization" not in self.estimator.get_params():
+                raise IFVPUsageError(
+                    f"estimator is a {type(self.estimator).__name__}, which has no regularization "
+                    "to choose; give Explicit(), DataInf(), EKFAC(), KFAC() or Diagonal()."
+                )
             estimator = clone(self.estimator).set_params(regularization=max(grid))
         ranks.check_same({"regularizations": grid, "the number of folds": len(folds)}, _SAME)
         with whole(inside(data)):
