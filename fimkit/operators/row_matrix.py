@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from fimkit.operators.memory import BUDGET, chunks
 from fimkit.operators.rows import Rows, join_rows
+from fimkit.operators.symmetric import mirror_
 
 __all__ = ["Columns", "RowMatrix", "join_weights", "squared_norms"]
 
@@ -111,8 +112,7 @@ class RowMatrix:
         gram = torch.zeros((self.n * self.c,) * 2, dtype=dtype, device=device)
         for _, rows in self.groups:
             rows.add_gram(gram)
-        gram.triu_()
-        return gram.add_(gram.triu(1).T)
+        return mirror_(gram)
 
     def products(self, other: RowMatrix, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Inner products with the rows of another matrix, shape ``(n * c, n' * c')``."""

@@ -11,6 +11,7 @@ from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators import DenseOperator, GramOperator, Operator, RowMatrix
 from fimkit.operators.memory import accumulation_dtype, chunks
+from fimkit.operators.symmetric import add_products, mirror_
 from fimkit.statistics.rows import RowAccumulator
 
 __all__ = ["FisherAccumulator", "Solver"]
@@ -75,7 +76,7 @@ class FisherAccumulator:
     def result(self, n: int) -> Operator:
         """Return the operator of n examples, those without any row in this block counted."""
         if self._matrix is not None:
-            return DenseOperator(self._matrix / n)
+            return DenseOperator(mirror_(self._matrix / n))
         return GramOperator(self._rows.result(self._ranks), n, self.device)
 
     def _turn_primal(self) -> None:
@@ -100,4 +101,4 @@ class FisherAccumulator:
             weighted = dense
             if rows.weights is not None:
                 weighted = dense * rows.weights[part].to(dense).reshape(-1, 1)
-            self._matrix.addmm_(dense.T, weighted)
+            add_products(self._matrix, dense[None], weighted[None])

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from fimkit.distributed import Ranks
+from fimkit.operators.symmetric import add_products, mirror_
 
 __all__ = ["Gathered", "Side", "rotate"]
-
-# Width of the panels by which a symmetric product is computed on and above its diagonal.
-_PANEL = 192
 
 # Rows that make a product fast: with fewer, reading and writing the sum takes as long.
 _ENOUGH = 512
@@ -102,9 +100,7 @@ class Side:
         else:
             per_example = _positions_fastest(vectors) and vectors.device.type == "cpu"
             flat = vectors[0] if per_example else vectors[0].flatten(0, 1)[None]
-            for start in range(0, flat.shape[2], _PANEL):
-                panel = self._sum[0, start : start + _PANEL, start:]
-                panel.addbmm_(flat[:, :, start : start + _PANEL].mT, flat[:, :, start:])
+            add_products(self._sum[0], flat, flat)
 
     def add_units(self, indices: Tensor, weights: Tensor) -> None:
         """Add the outer products of weighted unit vectors, to a diagonal."""
@@ -137,7 +133,7 @@ class Side:
         """
         self._add_few(self._few.take())
         mean = self._sum.div_(self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n)
-        return mean if self.diagonal else mean.triu_().add_(mean.triu(1).mT)
+        return mean if self.diagonal else mirror_(mean)
 
 
 def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
