@@ -14,8 +14,8 @@ from torch import nn
 from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.losses import CrossEntropy
+from fimkit.operators import symmetric
 from fimkit.statistics import kronecker as statistics
-from fimkit.statistics import sides
 from tests import kronecker_reference as kronecker
 from tests import reference
 from tests.cases import (
@@ -338,7 +338,7 @@ def test_position_counts_choose_both_orders_of_rotation():
 def test_panels(width, sharing, monkeypatch):
     """Factors are summed panel by panel, on and above the diagonal; all of each counts."""
     name = "linear" if sharing == "expand" else "many positions"
-    monkeypatch.setattr(sides, "_PANEL", width)
+    monkeypatch.setattr(symmetric, "_PANEL", width)
     case = SITUATIONS[name]
     fitted = EKFAC(weight_sharing=sharing).fit(case.model(), case.batches(7, n=N))
     expected = references(name, "empirical", sharing)[0]

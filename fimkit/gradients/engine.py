@@ -179,11 +179,15 @@ class GradientEngine:
         """
         run = self._forward(batch, uniforms)
         self._fallback.shared.meet(tensors(batch), run.shape[0])
+        known = self._found.get(run.key) if run.overwritten <= self._fallback_names else None
+        certain = known is not None and run.steady and not known.guessed
         try:
-            signals = self._signals(run)
-            found = self._known(run, signals) or RandomSum(
-                run.scalars, run.uses, self._parameters, run.precision
-            )
+            signals = self._signals(run, keep_graph=not certain)
+            found: _Found | RandomSum
+            if known is not None and (certain or _still_fits(known, run, signals)):
+                found = known
+            else:
+                found = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
         except RuntimeError as error:  # autograd's, which needs the inputs as well
             if not run.overwritten:
                 raise
@@ -283,28 +287,22 @@ class GradientEngine:
                 "is called with, as loss(model, batch)."
             )
 
-    def _signals(self, run: _Pass) -> list[Tensor | None]:
-        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero."""
+    def _signals(self, run: _Pass, *, keep_graph: bool) -> list[Tensor | None]:
+        """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero.
+
+        A graph that is not kept gives its memory back on the way.
+        """
         edges = [use.edge for use in run.uses]
         if not edges:
             return []
+        last = len(run.columns) - 1
         per_scalar = [
-            torch.autograd.grad(column.sum(), edges, retain_graph=True, allow_unused=True)
-            for column in run.columns
+            torch.autograd.grad(
+                column.sum(), edges, retain_graph=keep_graph or j < last, allow_unused=True
+            )
+            for j, column in enumerate(run.columns)
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
-
-    def _known(self, run: _Pass, signals: list[Tensor | None]) -> _Found | None:
-        """Return what was found in another batch, where it holds in this one."""
-        found = self._found.get(run.key)
-        if found is None or not run.overwritten <= self._fallback_names:
-            return None
-        if run.steady and not found.guessed:
-            return found
-        # What decides where examples are may be in the data.
-        located = _locate(run, signals, found.layouts)
-        calls = [(item.use, item.signals, item.layout) for item in located]
-        return found if still_fit(run.scalars, calls, run.precision) else None
 
     def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> _Found:
         """Find where the examples are in each call, and check every parameter's rows.
@@ -437,6 +435,13 @@ def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:
         return given[0][None]
     zero = torch.zeros_like(given[0])
     return torch.stack([zero if value is None else value for value in values])
+
+
+def _still_fits(found: _Found, run: _Pass, signals: list[Tensor | None]) -> bool:
+    """Whether layouts of another batch hold in this one: the data may decide where examples are."""
+    located = _locate(run, signals, found.layouts)
+    calls = [(item.use, item.signals, item.layout) for item in located]
+    return still_fit(run.scalars, calls, run.precision)
 
 
 def _locate(
