@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from copy import deepcopy
 from functools import cache
 
 import numpy as np
@@ -1279,3 +1280,29 @@ def test_many_small_batches_are_one_large_one(fisher):
     assert few.fisher_.trace() == pytest.approx(trace, rel=1e-10)
     for name, eigenvalues in whole.eigenvalues_.items():
         torch.testing.assert_close(few.eigenvalues_[name], eigenvalues, rtol=1e-9, atol=1e-18)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
+def test_squares_of_tiny_gradients_do_not_underflow(scale):
+    """In float32 the square of a square of 1e-12 would be zero."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(40, 5), torch.randn(40, 3)
+
+    def fit(scale, dtype):
+        def loss(model, batch):
+            return scale * (model(batch[0]) - batch[1]).square().sum(1)
+
+        batches = split((x.to(dtype), y.to(dtype)), 40, 7)
+        return EKFAC(loss=loss).fit(deepcopy(model).to(dtype), batches)
+
+    small, exact = fit(scale, torch.float32), fit(1.0, torch.float64)
+    for name, eigenvalues in exact.eigenvalues_.items():
+        bases = zip(small.eigenvectors_[name], exact.eigenvectors_[name], strict=True)
+        for found, expected in bases:
+            eye = torch.eye(found.shape[-1])
+            assert (found.mT @ found - eye).abs().max() < 1e-5
+            assert expected is not None
+        found = small.eigenvalues_[name].double() / scale**2
+        assert (found > 0).all()
+        assert (found - eigenvalues).abs().max() < 1e-4 * eigenvalues.max()
+        assert found.sum() == pytest.approx(float(eigenvalues.sum()), rel=1e-5)

@@ -22,6 +22,7 @@ from fimkit.operators import (
 from fimkit.statistics import (
     DiagonalAccumulator,
     WeightSharing,
+    scale_eigenbases,
     set_eigenbases,
 )
 
@@ -200,7 +201,8 @@ class EKFAC(_KroneckerEstimator):
         )
         if passed:
             parts.reduce(run.ranks)
-            set_eigenbases(parts.layers, run.n, run.ranks)
+            sides = set_eigenbases(parts.layers, run.n, run.ranks)
+            scale_eigenbases(parts.layers, sides)
         statistics = {"parts": parts, "passes": passes}
         run.accumulate(statistics, parts.add_eigenvalues, passes.second)
         for layer in parts.layers.values():

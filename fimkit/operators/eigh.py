@@ -27,6 +27,10 @@ __all__ = ["eigh", "eigh_all"]
 # integers cannot count.
 _SMALLEST = 64
 
+# Entries of eigenvectors up to this are made zero, far below their rounding: numbers so small are
+# slow to multiply by, and so are their squares.
+_NOTHING = 1e-18
+
 _controller = cache(ThreadpoolController)
 _one_at_a_time = Lock()  # the number of threads is the whole process's
 
@@ -111,7 +115,8 @@ def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
 
     def overwrite(name: str, found: tuple[Tensor, Tensor]) -> None:
         matrix, (eigenvalues, vectors) = matrices[name], found
-        solved[name] = eigenvalues.to(matrix.dtype), matrix.copy_(vectors)
+        torch.hardshrink(matrix.copy_(vectors), _NOTHING, out=matrix)
+        solved[name] = eigenvalues.to(matrix.dtype), matrix
 
     if any(matrix.device.type != "cpu" for matrix in matrices.values()):
         for name, matrix in matrices.items():

@@ -6,6 +6,7 @@ from fimkit.statistics.kronecker import (
     LayerStatistics,
     WeightSharing,
     layer_statistics,
+    scale_eigenbases,
     set_eigenbases,
 )
 from fimkit.statistics.rows import GrowingList, RowAccumulator
@@ -22,5 +23,6 @@ __all__ = [
     "StoredRowAccumulator",
     "WeightSharing",
     "layer_statistics",
+    "scale_eigenbases",
     "set_eigenbases",
 ]

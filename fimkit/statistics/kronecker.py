@@ -19,6 +19,7 @@ descent in a Kronecker-factored eigenbasis", NeurIPS 2018, eq. 8 (Λ).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
@@ -38,10 +39,14 @@ __all__ = [
     "LinearStatistics",
     "WeightSharing",
     "layer_statistics",
+    "scale_eigenbases",
     "set_eigenbases",
 ]
 
 WeightSharing = Literal["expand", "reduce"]
+
+# Power of two that squares' roots are scaled to.
+_HEADROOM = 16
 
 # A side of more entries than this keeps the identity basis: vocabularies, never hidden widths.
 _LARGEST_SIDE = 16384
@@ -76,6 +81,7 @@ class LayerStatistics(ABC):
         self._output_basis: Tensor | None = None
         self._input_basis: Tensor | None = None
         self._bases_are_set = False
+        self._scales = 1.0, 1.0
 
     @abstractmethod
     def add_factors(
@@ -97,6 +103,20 @@ class LayerStatistics(ABC):
         self._output_basis, self._input_basis = output, input
         self._bases_are_set = True
 
+    def scale_bases(self, output: float, input: float) -> None:
+        """Multiply the bases by powers of two, so exactly, until `eigen_corrected`.
+
+        Squares of small gradients would underflow, and products of such numbers are slow.
+        """
+        self._scales = output, input
+        for basis, scale in self._scaled():
+            basis.mul_(scale)
+
+    def _scaled(self) -> list[tuple[Tensor, float]]:
+        """Return the bases that there are, with their scales."""
+        bases = zip((self._output_basis, self._input_basis), self._scales, strict=True)
+        return [(basis, scale) for basis, scale in bases if basis is not None]
+
     @abstractmethod
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
         """Add one batch's squared per-example gradients in the eigenbasis."""
@@ -114,7 +134,7 @@ class LayerStatistics(ABC):
         """Return what has been accumulated: of the sides, or, once they ended, in their bases."""
         if self._bases_are_set:
             bases = {"output": self._output_basis, "input": self._input_basis}
-            return {"eigenvalues": self._eigenvalues, "bases": bases}
+            return {"eigenvalues": self._eigenvalues, "bases": bases, "scales": self._scales}
         return {"output": self.output.state_dict(), "input": self.input.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,13 +142,19 @@ class LayerStatistics(ABC):
         if "bases" in state:
             self._eigenvalues = state["eigenvalues"]
             self.set_bases(**state["bases"])
+            self._scales = state["scales"]
         else:
             self.output.load_state_dict(state["output"])
             self.input.load_state_dict(state["input"])
 
     def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
         """Return the operator with the mean of squares over n examples as eigenvalues."""
-        return self._operator(self._eigenvalues / n)
+        means = self._eigenvalues / n
+        for basis, scale in self._scaled():
+            basis.mul_(1 / scale)
+            means /= scale
+            means /= scale
+        return self._operator(means)
 
     def factored(self, output: Tensor, input: Tensor) -> EigenKroneckerOperator:
         """Return the operator with products of the sides' eigenvalues, ``(groups, m)`` each."""
@@ -443,6 +469,36 @@ def set_eigenbases(
         layer.set_bases(output_basis, input_basis)
         eigenvalues[name] = (output_values, input_values)
     return eigenvalues
+
+
+def scale_eigenbases(
+    layers: Mapping[str, LayerStatistics], eigenvalues: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Scale the bases of all layers, so that what is squared in them is no tiny number.
+
+    Parameters
+    ----------
+    layers : mapping of str to LayerStatistics
+    eigenvalues : mapping of str to (Tensor, Tensor)
+        Of both sides of each, as `set_eigenbases` returns them.
+    """
+    largest = [values.max() for name in layers for values in eigenvalues[name]]
+    if not largest:
+        return
+    scales = map(_inverse_root, torch.stack([v.to(largest[0].device) for v in largest]).tolist())
+    for layer, output, input in zip(layers.values(), scales, scales, strict=True):
+        layer.scale_bases(output, input)
+
+
+def _inverse_root(square: float) -> float:
+    """Return a power of two over the root that is nearest, within what float32 holds.
+
+    Sums of two such squares' products over any number of examples are far from the largest number,
+    and most that count for nothing beside them far from the smallest.
+    """
+    if not square > 0:
+        return 1.0
+    return 2.0 ** (_HEADROOM - min(max(round(math.log2(square) / 2), -60), 60))
 
 
 def _at(tensor: Tensor | None, part: slice) -> Tensor | None:
