@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fimkit.gradients.layout import BatchLayout
 from fimkit.operators import FactoredRows, MatrixLayout
 
-__all__ = ["Examples", "MatrixUse", "ParameterIndex", "Slot", "Use", "View"]
+__all__ = [
+    "Examples",
+    "MatrixUse",
+    "ParameterIndex",
+    "PositionsUse",
+    "Slot",
+    "Use",
+    "View",
+    "kept_input",
+    "slot_names",
+]
 
 
 @dataclass(frozen=True)
@@ -249,6 +260,12 @@ class MatrixUse(Use):
     layout: MatrixLayout
     weight_shape: torch.Size
 
+    def __init__(self, x: Tensor, weight: Tensor, slots: tuple[Slot | None, Slot | None]) -> None:
+        self.weight, self.bias = slots
+        self.x = kept_input(x, self.weight)
+        self.names = slot_names(*slots)
+        self.weight_shape = weight.shape
+
     @abstractmethod
     def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
         """Return the map's inputs, shape ``(m, T, groups, in)``.
@@ -279,6 +296,23 @@ class MatrixUse(Use):
             out = values if out is None else out + values
         assert out is not None
         return out
+
+
+class PositionsUse(MatrixUse):
+    """A map of inputs ``(*lead, in)``: positions are all leading dimensions."""
+
+    def observe(self, output: Tensor) -> None:
+        """Set `lead` from the call's output."""
+        self.lead = tuple(output.shape[:-1])
+
+    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
+        """Return the map's inputs, shape ``(m, T, 1, in)``."""
+        x = examples.split(self.x, self.lead)[:, :, None]
+        return x if constant is None else F.pad(x, (0, 1), value=constant)
+
+    def signals(self, signals: Tensor, examples: Examples) -> Tensor:
+        """Return the gradients at its outputs, shape ``(m, c, T, 1, out)``."""
+        return examples.split_signals(signals, self.lead)[:, :, :, None]
 
 
 def kept_input(x: Tensor, weight: Slot | None) -> Tensor:

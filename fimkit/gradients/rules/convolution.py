@@ -11,14 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fimkit.gradients.rules.base import (
-    Examples,
-    MatrixUse,
-    ParameterIndex,
-    Slot,
-    kept_input,
-    slot_names,
-)
+from fimkit.gradients.rules.base import Examples, MatrixUse, ParameterIndex, Slot
 from fimkit.operators import MatrixLayout
 
 __all__ = ["ConvolutionUse"]
@@ -40,16 +33,13 @@ class ConvolutionUse(MatrixUse):
         dilation: int | Sequence[int],
         groups: int,
     ) -> None:
-        self.weight, self.bias = slots
-        self.names = slot_names(*slots)
-        self.weight_shape = weight.shape
+        super().__init__(x, weight, slots)
         self._kernel = tuple(weight.shape[2:])
         dims = len(self._kernel)
         self._stride = _per_dim(stride, dims)
         self._dilation = _per_dim(dilation, dims)
         self._padding = _padding(padding, self._kernel, self._dilation)
         self._batched = x.ndim == dims + 2
-        self.x = kept_input(x, self.weight)
         out, size = weight.shape[0] // groups, math.prod(weight.shape[1:])
         self.layout = MatrixLayout(groups, out, size)
 

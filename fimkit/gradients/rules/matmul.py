@@ -5,44 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fimkit.gradients.rules.base import (
-    Examples,
-    MatrixUse,
-    ParameterIndex,
-    Slot,
-    kept_input,
-    slot_names,
-)
+from fimkit.gradients.rules.base import ParameterIndex, PositionsUse, Slot
 from fimkit.operators import MatrixLayout
 
 __all__ = ["AddmmUse", "MatmulUse"]
 
 
-class _TransposedUse(MatrixUse):
+class _TransposedUse(PositionsUse):
     """``y = x W + b`` with W of shape ``(in, out)``: positions are all leading dimensions of x."""
 
     def __init__(self, x: Tensor, weight: Tensor, slots: tuple[Slot | None, Slot | None]) -> None:
-        self.weight, self.bias = slots
-        self.x = kept_input(x, self.weight)
-        self.names = slot_names(*slots)
-        self.weight_shape = weight.shape
+        super().__init__(x, weight, slots)
         self.layout = MatrixLayout(1, weight.shape[1], weight.shape[0], transposed=True)
-
-    def observe(self, output: Tensor) -> None:
-        """Set `lead` from the call's output."""
-        self.lead = tuple(output.shape[:-1])
-
-    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
-        """Return the map's inputs, shape ``(m, T, 1, in)``."""
-        x = examples.split(self.x, self.lead)[:, :, None]
-        return x if constant is None else F.pad(x, (0, 1), value=constant)
-
-    def signals(self, signals: Tensor, examples: Examples) -> Tensor:
-        """Return the gradients at its outputs, shape ``(m, c, T, 1, out)``."""
-        return examples.split_signals(signals, self.lead)[:, :, :, None]
 
 
 class MatmulUse(_TransposedUse):
