@@ -22,7 +22,7 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
-from fimkit.gradients.independence import DEPENDENT, check_independence, unchecked
+from fimkit.gradients.independence import DEPENDENT, IndependenceCheck, unchecked
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
@@ -331,10 +331,10 @@ class GradientEngine:
             if not self._fallback_names.isdisjoint(group.names):
                 self._fallback_names.update(group.names)
         self._verify_fallback(run, check)
-        checked = check_independence(
+        check_alone = IndependenceCheck(
             self._fallback, run.batch, run.labels, run.scalars, run.precision
         )
-        if not checked:
+        if not check_alone.run():
             self.doubt = self.doubt or unchecked(run.batch)
         ways = {name: use.description for use in run.uses for name in use.names}
         ways.update(dict.fromkeys(self._fallback_names, self._fallback.description))

@@ -91,7 +91,7 @@ def _of_call(error: Exception, model: nn.Module, batch: Any) -> str | None:
     args, kwargs = arguments_of(batch)
     signature = inspect.signature(model.forward)
     names = ", ".join(signature.parameters)
-    if isinstance(error, TypeError) and any(map(_is_container, (*args, *kwargs.values()))):
+    if isinstance(error, TypeError) and any(map(_is_container, _inputs(batch))):
         return (
             f"It takes ({names}), and was given tuples or mappings as they are in the batch. All "
             "elements of a batch but the last are inputs: give (x1, x2, targets) for ((x1, x2), "
@@ -134,10 +134,12 @@ def _of_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
 
 
 def _inputs(batch: Any) -> list[Any]:
-    """Return what a batch has besides its targets, where those are at their usual place."""
-    if isinstance(batch, Mapping):
-        return [value for key, value in batch.items() if key != "labels"]
-    return list(batch[:-1]) if isinstance(batch, tuple | list) else []
+    """Return what a batch has besides its targets; nothing where those are at no usual place."""
+    try:
+        args, kwargs = arguments_of(batch)
+    except IFVPUsageError:
+        return []
+    return [*args, *kwargs.values()]
 
 
 def _of_function(error: Exception, loss: CallableLoss, model: nn.Module, batch: Any) -> str | None:
