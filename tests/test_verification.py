@@ -701,12 +701,7 @@ def test_tensors_that_examples_share_beside_none_of_their_own(loss, batch, sizes
     x, codes, rates = (
         torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((10, 3), (4, 2), (4,))
     )
-    rows = []
-    for one in x.split(1):
-        value = loss(model, batch(one, codes, rates)).sum()
-        gradients = torch.autograd.grad(value, list(model.parameters()))
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    rows = torch.stack(rows)
+    rows = reference.gradients(model, lambda m, one: loss(m, batch(one, codes, rates)), x, 10)
     batches = [batch(part, codes.clone(), rates) for part in x.split(sizes)]
     assert distance(Explicit(loss=loss).fit(model, batches), rows) <= 1e-12
 
@@ -751,13 +746,7 @@ def test_an_encoder_that_pools_over_padding():
     padding = torch.arange(5) >= torch.tensor([5, 3, 4, 2, 5, 1])[:, None]
     batch = x.double(), padding, y
     model = model.double().eval()
-    rows = []
-    for i in range(6):
-        one = slice(i, i + 1)
-        loss = F.cross_entropy(model(batch[0][one], padding[one]), y[one])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    rows = torch.stack(rows)
+    rows = reference.gradients(model, reference.negative_log_likelihood, batch, 6)
     assert distance(Explicit().fit(model, [batch]), rows) <= 1e-12
 
 

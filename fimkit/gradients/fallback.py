@@ -61,9 +61,9 @@ class FallbackGradients:
         """Return the ways in which examples may lie in a batch's tensors, the likeliest first."""
         leaves = tensors(batch)
         found = cuts(leaves, tensors(labels), n, self.shared.known(leaves, n))
-        last = self._cut
-        is_likely = last is not None and fits(last, tensors((batch, labels)), n)
-        return [last, *found] if last is not None and is_likely else found
+        if self._cut is not None and fits(self._cut, tensors((batch, labels)), n):
+            found.insert(0, self._cut)
+        return found
 
     def use(self, cut: Cut) -> None:
         """Take examples out of batches by one of `cuts`."""

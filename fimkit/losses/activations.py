@@ -10,20 +10,18 @@ __all__ = ["not_logits"]
 
 # Nodes of the autograd graph that only arrange numbers, by the beginnings of their names.
 _ARRANGING = (
-    "Alias",
-    "Clone",
-    "Expand",
-    "Permute",
-    "Reshape",
-    "Select",
-    "Slice",
-    "Squeeze",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unsafe",
-    "Unsqueeze",
-    "View",
+    "AliasBackward",
+    "CloneBackward",
+    "ExpandBackward",
+    "PermuteBackward",
+    "SelectBackward",
+    "SliceBackward",
+    "SqueezeBackward",
+    "TBackward",
+    "ToCopyBackward",
+    "TransposeBackward",
+    "UnsqueezeBackward",
+    "ViewBackward",
 )
 
 
@@ -47,6 +45,6 @@ def _ends_with(outputs: Any, activation: str) -> bool:
     activation : {"Softmax", "Sigmoid"}
     """
     node = outputs.grad_fn if isinstance(outputs, Tensor) else None
-    while node is not None and node.name().startswith(tuple(f"{n}Backward" for n in _ARRANGING)):
+    while node is not None and node.name().startswith(_ARRANGING):
         node = node.next_functions[0][0] if node.next_functions else None
     return node is not None and node.name().startswith(f"{activation}Backward")
