@@ -162,7 +162,7 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                 statistics = [[_statistics(calls[0]) for calls in c] for c in batch.layers]
             for layer, calls in _each(statistics, batch):
                 for rows in calls:
-                    layer.add_positions(rows, None, batch.mask)
+                    layer.add_positions((rows.inputs,), rows.signals, None, batch.mask)
             record.append(batch.losses, *_sides(batch))
             selected = selected or batch.mask is None or bool(batch.mask.any())
         if not selected:
@@ -182,7 +182,7 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                     "Python's or NumPy's global state alone."
                 )
             for layer, calls in _each(statistics, batch):
-                layer.add_squares(_joined(calls), None)
+                layer.add_squares(*_joined(calls), None)
     operators = [[layer.eigen_corrected(n) for layer in layers] for layers in statistics]
     for i, j, operator in _numbered(operators):
         if not bool(operator.eigenvalues.sum().isfinite()):
@@ -218,13 +218,12 @@ def _statistics(rows: FactoredRows) -> LinearStatistics:
     return LinearStatistics(rows.layout, rows.signals.new_empty(0), "expand")
 
 
-def _joined(calls: list[FactoredRows]) -> FactoredRows:
-    """Return one layer's calls as further positions of one."""
+def _joined(calls: list[FactoredRows]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return inputs and signals of one layer's calls, as further positions of one."""
     if len(calls) == 1:
-        return calls[0]
+        return (calls[0].inputs,), calls[0].signals
     inputs = torch.cat([rows.inputs for rows in calls], 1)
-    signals = torch.cat([rows.signals for rows in calls], 2)
-    return FactoredRows(inputs, signals, calls[0].layout)
+    return (inputs,), torch.cat([rows.signals for rows in calls], 2)
 
 
 def _solve(

@@ -140,12 +140,21 @@ class GroupGradients:
 
     def parts(self, calls: Sequence[Located] | None = None) -> Iterator[slice]:
         """Cut the examples into parts whose factors are a working set."""
-        sample = self.factors(slice(0, 1), calls)
-        per_example = sample.inputs.numel() + sample.signals.numel()
+        inputs, signals = self.sides(slice(0, 1), calls)
+        per_example = sum(columns.numel() for columns in inputs) + signals.numel()
         budget = working_set(self._like.device)
         return chunks(self.n, per_example * self._like.element_size(), budget=budget)
 
-    def factors(self, part: slice, calls: Sequence[Located] | None = None) -> FactoredRows:
+    def factors(self, part: slice) -> FactoredRows:
+        """Return the rows of some examples as factors, the positions of all calls joined."""
+        assert self.layout is not None
+        inputs, signals = self.sides(part)
+        whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 3)
+        return FactoredRows(whole, signals, self.layout)
+
+    def sides(
+        self, part: slice, calls: Sequence[Located] | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the inputs and signals of some examples, the positions of all calls joined.
 
         Parameters
@@ -154,8 +163,13 @@ class GroupGradients:
             Which examples.
         calls : sequence of Located, optional
             Some of `calls`; all when not given.
+
+        Returns
+        -------
+        inputs : tuple of Tensor of shape (m, T, groups, columns)
+            As of `FactoredRows`; the last column may be a tensor of its own.
+        signals : Tensor of shape (m, c, T, groups, out)
         """
-        assert self.layout is not None
         inputs, signals = [], []
         for call in self.calls if calls is None else calls:
             assert isinstance(call.use, MatrixUse)
@@ -165,12 +179,14 @@ class GroupGradients:
             if self.group.bias is not None:
                 meets_bias = call.use.bias is not None and call.use.bias.name == self.group.bias
                 constant = float(meets_bias)
-            inputs.append(call.use.inputs(examples, constant).to(self._like))
+            a = call.use.inputs(examples, constant)
+            inputs.append(tuple(columns.to(self._like) for columns in a))
             s = call.use.signals(call.signals, examples).to(self._like)
             signals.append(s if call.use.weight.whole else call.use.weight.pad(s, -1))
         if len(inputs) == 1:
-            return FactoredRows(inputs[0], signals[0], self.layout)
-        return FactoredRows(torch.cat(inputs, 1), torch.cat(signals, 2), self.layout)
+            return inputs[0], signals[0]
+        joined = [torch.cat(columns, 1) for columns in zip(*inputs, strict=True)]
+        return tuple(joined), torch.cat(signals, 2)
 
     def lookups(self, calls: Sequence[Located] | None = None) -> LookupRows | None:
         """Return the positions of lookups of a table, all or some; None if not all are lookups."""

@@ -7,7 +7,7 @@ from torch import Tensor
 __all__ = ["add_products", "mirror_"]
 
 # Width of the panels by which a product is computed on and above its diagonal.
-_PANEL = 192
+_PANEL = 256
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:

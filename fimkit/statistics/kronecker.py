@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fimkit.distributed import Ranks
 from fimkit.gradients import GroupGradients
-from fimkit.operators import EigenKroneckerOperator, FactoredRows, LookupRows, MatrixLayout
+from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
 from fimkit.operators.memory import chunks, working_set
 from fimkit.statistics.sides import Gathered, Side, rotate
@@ -47,6 +47,9 @@ WeightSharing = Literal["expand", "reduce"]
 
 # Power of two that squares' roots are scaled to.
 _HEADROOM = 16
+
+# Rows of matrices that a product for many of them at once has, at least.
+_ROWS = 64
 
 # A side of more entries than this keeps the identity basis: vocabularies, never hidden widths.
 _LARGEST_SIDE = 16384
@@ -191,11 +194,15 @@ class LinearStatistics(LayerStatistics):
         """Add one batch to the two sides."""
         for call in group.calls:
             for part in group.parts([call]):
-                rows = group.factors(part, [call])
-                self.add_positions(rows, _at(weights, part), _at(mask, part))
+                sides = group.sides(part, [call])
+                self.add_positions(*sides, _at(weights, part), _at(mask, part))
 
     def add_positions(
-        self, rows: FactoredRows, weights: Tensor | None, mask: Tensor | None
+        self,
+        inputs: Sequence[Tensor],
+        signals: Tensor,
+        weights: Tensor | None,
+        mask: Tensor | None,
     ) -> None:
         """Add the positions of one call to the two sides.
 
@@ -205,55 +212,63 @@ class LinearStatistics(LayerStatistics):
 
         Parameters
         ----------
-        rows : FactoredRows
+        inputs, signals
+            As `GroupGradients.sides` returns them.
         weights : Tensor of shape (n, c), or None
         mask : Tensor of shape (n, T), or None
-            As for `add_factors`, of the same examples as the rows.
+            As for `add_factors`, of the same examples.
         """
-        a, s = rows.inputs, rows.signals
-        count: Tensor | int = a.shape[0] * a.shape[1]
-        if mask is not None and mask.shape[1] == a.shape[1]:
-            self.mask_met = self.mask_met or mask.shape[1] > 1
-            kept = mask.to(a)
-            a = a * kept[:, :, None, None]
+        a, s = inputs, signals
+        n, positions = s.shape[0], s.shape[2]
+        count: Tensor | int = n * positions
+        lengths: Tensor | int = positions
+        if mask is not None and mask.shape[1] == positions:
+            self.mask_met = self.mask_met or positions > 1
+            kept = mask.to(s)
+            a = [columns * kept[:, :, None, None] for columns in a]
             s = s * kept[:, None, :, None, None]
             count = kept.sum()
-            lengths: Tensor | int = kept.sum(1).clamp(min=1)[:, None, None, None]
-        else:
-            lengths = a.shape[1]
+            lengths = kept.sum(1).clamp(min=1)[:, None, None, None]
         if self._reduce:
-            a = a.sum(1, keepdim=True) / lengths
+            a = [columns.sum(1, keepdim=True) / lengths for columns in a]
             s = s.sum(2, keepdim=True)
-        if weights is not None:
-            s = s * weights.to(s).sqrt()[:, :, None, None, None]
-        self.input.add(a.permute(2, 0, 1, 3))
-        self.input.count(a.shape[0] if self._reduce else count)
-        self.output.add(s.permute(3, 0, 1, 2, 4).flatten(1, 2))
+        self.input.add(*(columns.permute(2, 0, 1, 3) for columns in a))
+        self.input.count(n if self._reduce else count)
+        self.output.add(_weighted(s, weights).permute(3, 0, 1, 2, 4).flatten(1, 2))
 
     def add_eigenvalues(self, group: GroupGradients, weights: Tensor | None) -> None:
         """Add one batch's squared per-example gradients in the eigenbasis."""
         for part in group.parts():
-            self.add_squares(group.factors(part), _at(weights, part))
+            self.add_squares(*group.sides(part), _at(weights, part))
 
-    def add_squares(self, rows: FactoredRows, weights: Tensor | None) -> None:
-        """Add the squares of rows in the eigenbasis, the positions of all calls joined."""
-        if rows.positions == 1:
-            given = () if weights is None else (weights.to(rows.signals),)
-            self._add_few(self._few.add(rows.inputs[:, 0], rows.signals[:, :, 0], *given))
+    def add_squares(
+        self, inputs: Sequence[Tensor], signals: Tensor, weights: Tensor | None
+    ) -> None:
+        """Add the squares of rows in the eigenbasis, the positions of all calls joined.
+
+        Parameters
+        ----------
+        inputs, signals
+            As `GroupGradients.sides` returns them.
+        weights : Tensor of shape (n, c), or None
+            As for `add_eigenvalues`, of the same examples.
+        """
+        signals = _weighted(signals, weights)
+        positions = signals.shape[2]
+        if positions == 1:
+            self._add_few(self._few.add(signals[:, :, 0], *(columns[:, 0] for columns in inputs)))
             return
-        a = rows.inputs.permute(2, 0, 1, 3)  # (groups, m, T, columns)
-        s = rows.signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
-        shape = s.shape
-        w = s.new_ones(shape[1:3]) if weights is None else weights.to(s)
+        a = [columns.permute(2, 0, 1, 3) for columns in inputs]  # (groups, m, T, columns)
+        s = signals.permute(3, 0, 1, 2, 4)  # (groups, m, c, T, out)
         out = 0 if self._output_basis is None else self.layout.out
         columns = 0 if self._input_basis is None else self.layout.columns
-        first = rows.positions * (out**2 + columns**2) < (
+        if positions * (out**2 + columns**2) < (
             self.layout.out * self.layout.columns * (out + columns)
-        )
-        if first:
-            a = rotate(a, self._input_basis)
-            s = rotate(s.flatten(1, 2), self._output_basis).view(shape)
-        self._add_sequences(a, s, w, rotated=first)
+        ):
+            rotated = rotate(self._output_basis, s.flatten(1, 2)).view(s.shape)
+            self._add_rotated(rotate(self._input_basis, *a), rotated)
+        else:
+            self._add_unrotated(torch.cat(a, 3), s)
 
     def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
         """Return the operator with the mean of squares over n examples as eigenvalues."""
@@ -274,33 +289,42 @@ class LinearStatistics(LayerStatistics):
         super().load_state_dict(state)
         self._few.load_state_dict(state["few"])
 
-    def _add_few(self, rows: tuple[Tensor, ...] | None) -> None:
-        """Add squares of ``s aᵀ``: inputs ``(m, groups, columns)``, signals, and any weights."""
-        if rows is None:
-            return
-        inputs, signals, *weights = rows
-        m, c, *_ = signals.shape
-        a = rotate(inputs.transpose(0, 1)[:, :, None], self._input_basis)[:, :, 0].square_()
-        s = rotate(signals.flatten(0, 1).transpose(0, 1)[:, :, None], self._output_basis)
-        s = s.square_().view(len(s), m, c, -1)
-        s = (weights[0][:, :, None] * s).sum(2) if weights else s.sum(2) if c > 1 else s[:, :, 0]
-        if len(a) == 1:
-            self._eigenvalues[0].addmm_(s[0].T, a[0])
-        else:
-            self._eigenvalues.baddbmm_(s.mT, a)
+    def _add_few(self, ready: list[tuple[Tensor, ...]]) -> None:
+        """Add squares of ``s aᵀ``: signals ``(m, c, groups, out)``, then inputs."""
+        for signals, *inputs in ready:
+            m, c, *_ = signals.shape
+            a = rotate(
+                self._input_basis, *(columns.transpose(0, 1)[:, :, None] for columns in inputs)
+            )
+            a = a.square_()[:, :, 0]
+            s = rotate(self._output_basis, signals.flatten(0, 1).transpose(0, 1)[:, :, None])
+            s = s.square_().view(len(s), m, c, -1)
+            s = s.sum(2) if c > 1 else s[:, :, 0]
+            if len(a) == 1:
+                self._eigenvalues[0].addmm_(s[0].T, a[0])
+            else:
+                self._eigenvalues.baddbmm_(s.mT, a)
 
-    def _add_sequences(self, a: Tensor, s: Tensor, w: Tensor, *, rotated: bool) -> None:
-        """Add squares of ``Σ_t s_t a_tᵀ``, to be rotated where its factors are not yet."""
+    def _add_rotated(self, a: Tensor, s: Tensor) -> None:
+        """Add squares of ``Σ_t s_t a_tᵀ``, a few columns of many examples at a time."""
+        row = self.layout.groups * self.layout.columns * a.element_size()
+        budget = working_set(a.device)
+        for part in chunks(a.shape[1], min(_ROWS, self.layout.out) * row, budget=budget):
+            inputs, signals = a[:, part], s[:, part]
+            for rows in chunks(self.layout.out, inputs.shape[1] * row, budget=budget):
+                for j in range(s.shape[2]):
+                    gradients = signals[:, :, j, :, rows].mT @ inputs  # (groups, m, rows, columns)
+                    self._eigenvalues[:, rows] += gradients.square_().sum(1)
+
+    def _add_unrotated(self, a: Tensor, s: Tensor) -> None:
+        """Add squares of ``Σ_t s_t a_tᵀ`` that are to be rotated, example by example."""
         each = self.layout.size * a.element_size()
         for j in range(s.shape[2]):
             for part in chunks(a.shape[1], each, budget=working_set(a.device)):
                 gradients = s[:, part, j].mT @ a[:, part]  # (groups, m, out, columns)
-                if not rotated:
-                    if self._output_basis is not None:
-                        gradients = self._output_basis.mT[:, None] @ gradients
-                    gradients = rotate(gradients, self._input_basis)
-                total = w[part, j] @ gradients.square_().flatten(2)  # (groups, out * columns)
-                self._eigenvalues += total.view_as(self._eigenvalues)
+                if self._output_basis is not None:
+                    gradients = self._output_basis.mT[:, None] @ gradients
+                self._eigenvalues += rotate(self._input_basis, gradients).square_().sum(1)
 
 
 class LookupStatistics(LayerStatistics):
@@ -499,6 +523,13 @@ def _inverse_root(square: float) -> float:
     if not square > 0:
         return 1.0
     return 2.0 ** (_HEADROOM - min(max(round(math.log2(square) / 2), -60), 60))
+
+
+def _weighted(signals: Tensor, weights: Tensor | None) -> Tensor:
+    """Return signals whose squares are weighted."""
+    if weights is None:
+        return signals
+    return signals * weights.to(signals).sqrt()[:, :, None, None, None]
 
 
 def _at(tensor: Tensor | None, part: slice) -> Tensor | None:

@@ -3,6 +3,9 @@
 Tensors here are ``(groups, n, T, m)``: T positions of n examples. A convolution's lie in memory
 with positions fastest, and stay so: a product per example takes them as they are, where one product
 over all positions would have to transpose them first.
+
+Their last column may come apart, ``(groups, n, T, 1)``: a bias's ones, which are then not copied
+beside the inputs.
 """
 
 from __future__ import annotations
@@ -18,41 +21,59 @@ from fimkit.operators.symmetric import add_products, mirror_
 __all__ = ["Gathered", "Side", "rotate"]
 
 # Rows that make a product fast: with fewer, reading and writing the sum takes as long.
-_ENOUGH = 512
+_ENOUGH = 256
 
 
 class Gathered:
-    """Rows of small batches, held until they are enough for a fast product."""
+    """Rows of small batches, copied together until they are enough for a fast product.
+
+    What is to be added up are lists of tensors that belong together, with examples along their
+    first dimension. They are to be read before more is added, which may overwrite them.
+    """
 
     def __init__(self) -> None:
-        self._held: list[tuple[Tensor, ...]] = []
+        self._buffers: tuple[Tensor, ...] = ()
+        self._held = 0
 
-    def add(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-        """Hold tensors with examples along their first dimension; return what is to be added up.
+    def add(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Hold a copy of tensors, and return what is to be added up.
 
-        That is all that is held, once it is enough, or where it cannot be joined with the tensors:
-        rows per example may be others in every batch.
+        That is all that is held, once it is enough, or where the tensors cannot be joined with it:
+        rows per example may be others in every batch. Tensors that are enough are not copied.
         """
-        ready = None if self._held and _shapes(self._held[0]) == _shapes(tensors) else self.take()
-        self._held.append(tensors)
-        if ready is None and sum(len(first) for first, *_ in self._held) >= _ENOUGH:
+        n = len(tensors[0])
+        if n >= _ENOUGH:
+            return [tensors]
+        ready = []
+        if [t.shape[1:] for t in tensors] != [buffer.shape[1:] for buffer in self._buffers]:
             ready = self.take()
+            self._buffers = tuple(t.new_empty((2 * _ENOUGH, *t.shape[1:])) for t in tensors)
+        for buffer, tensor in zip(self._buffers, tensors, strict=True):
+            buffer[self._held : self._held + n] = tensor
+        self._held += n
+        if self._held >= _ENOUGH:
+            ready.append(self._rows())
+            self._held = 0
+        return ready
+
+    def take(self) -> list[tuple[Tensor, ...]]:
+        """Return what is held, which ends with that."""
+        ready = [self._rows()] if self._held else []
+        self._buffers, self._held = (), 0
         return ready
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is held."""
-        return {"held": self._held}
+        return {"held": self._rows()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold what was held before."""
-        self._held = state["held"]
+        self.take()
+        if state["held"]:
+            self.add(*state["held"])
 
-    def take(self) -> tuple[Tensor, ...] | None:
-        """Return what is held, joined; None if nothing is."""
-        held, self._held = self._held, []
-        if len(held) > 1:
-            return tuple(map(torch.cat, zip(*held, strict=True)))
-        return held[0] if held else None
+    def _rows(self) -> tuple[Tensor, ...]:
+        return tuple(buffer[: self._held] for buffer in self._buffers)
 
 
 class Side:
@@ -80,27 +101,34 @@ class Side:
         self._counted = True
         self._count += number
 
-    def add(self, vectors: Tensor) -> None:
-        """Add the outer products of ``(groups, n, T, size)`` vectors."""
+    def add(self, *vectors: Tensor) -> None:
+        """Add the outer products of ``(groups, n, T, size)`` vectors, also with the last apart."""
         if self.diagonal:
-            self._sum += vectors.square().sum((1, 2))
-        elif vectors.shape[2] > 1:
-            self._add_products(vectors)
+            self._sum += torch.cat([columns.square().sum((1, 2)) for columns in vectors], 1)
+        elif vectors[0].shape[2] > 1:
+            self._add_products(*vectors)
         else:
-            self._add_few(self._few.add(vectors[:, :, 0].transpose(0, 1)))
+            self._add_few(self._few.add(*(columns[:, :, 0].transpose(0, 1) for columns in vectors)))
 
-    def _add_few(self, rows: tuple[Tensor, ...] | None) -> None:
-        if rows is not None:
-            self._add_products(rows[0].transpose(0, 1)[:, :, None])
+    def _add_few(self, ready: list[tuple[Tensor, ...]]) -> None:
+        for rows in ready:
+            self._add_products(*(columns.transpose(0, 1)[:, :, None] for columns in rows))
 
-    def _add_products(self, vectors: Tensor) -> None:
+    def _add_products(self, vectors: Tensor, *last: Tensor) -> None:
+        size = vectors.shape[3]
+        total = self._sum[:, :size, :size]
         if len(vectors) > 1:
             flat = vectors.flatten(1, 2)
-            self._sum.baddbmm_(flat.mT, flat)
+            total.baddbmm_(flat.mT, flat)
         else:
             per_example = _positions_fastest(vectors) and vectors.device.type == "cpu"
             flat = vectors[0] if per_example else vectors[0].flatten(0, 1)[None]
-            add_products(self._sum[0], flat, flat)
+            add_products(total[0], flat, flat)
+        for column in last:
+            # Several times faster than the transpose of this product.
+            border = column.flatten(1, 2).mT @ vectors.flatten(1, 2)
+            self._sum[:, :size, size:] += border.mT
+            self._sum[:, size:, size:] += column.square().sum((1, 2))[:, :, None]
 
     def add_units(self, indices: Tensor, weights: Tensor) -> None:
         """Add the outer products of weighted unit vectors, to a diagonal."""
@@ -136,20 +164,30 @@ class Side:
         return mean if self.diagonal else mirror_(mean)
 
 
-def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
-    return [tensor.shape[1:] for tensor in tensors]
+def rotate(basis: Tensor | None, vectors: Tensor, *last: Tensor) -> Tensor:
+    """Multiply ``(groups, n, T, m)`` vectors by ``(groups, m, m)`` bases, into a new tensor.
 
-
-def rotate(vectors: Tensor, basis: Tensor | None) -> Tensor:
-    """Multiply ``(groups, n, T, m)`` vectors by ``(groups, m, m)`` bases, into a new tensor."""
+    Parameters
+    ----------
+    basis : Tensor, or None
+        None for the identity.
+    vectors, last : Tensor
+        The last column apart or not.
+    """
     if basis is None:
-        return vectors.clone()
+        return torch.cat((vectors, *last), 3)
+    rows = basis[:, : vectors.shape[3]]
+    shape = *vectors.shape[:3], basis.shape[2]
     if len(basis) > 1:
-        return (vectors.flatten(1, 2) @ basis).view(vectors.shape)
-    if _positions_fastest(vectors):
-        bases = basis[0].T.expand(vectors.shape[1], -1, -1)
-        return torch.bmm(bases, vectors[0].mT).mT[None]
-    return (vectors[0].flatten(0, 1) @ basis[0]).view(vectors.shape)
+        rotated = (vectors.flatten(1, 2) @ rows).view(shape)
+    elif _positions_fastest(vectors):
+        bases = rows[0].T.expand(vectors.shape[1], -1, -1)
+        rotated = torch.bmm(bases, vectors[0].mT).mT[None]
+    else:
+        rotated = (vectors[0].flatten(0, 1) @ rows[0]).view(shape)
+    for column in last:
+        rotated.addcmul_(column, basis[:, None, -1:])
+    return rotated
 
 
 def _positions_fastest(vectors: Tensor) -> bool:

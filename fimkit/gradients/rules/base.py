@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -267,7 +266,7 @@ class MatrixUse(Use):
         self.weight_shape = weight.shape
 
     @abstractmethod
-    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
+    def inputs(self, examples: Examples, constant: float | None = None) -> tuple[Tensor, ...]:
         """Return the map's inputs, shape ``(m, T, groups, in)``.
 
         Parameters
@@ -275,7 +274,8 @@ class MatrixUse(Use):
         examples : Examples
             Which examples, and where they are.
         constant : float, optional
-            What a further last column holds; there is none when not given.
+            What a further last column holds, a tensor of its own where inputs would be copied to
+            join it; there is none when not given.
         """
 
     @abstractmethod
@@ -288,7 +288,8 @@ class MatrixUse(Use):
         m, c = s.shape[:2]
         out: Tensor | None = None
         if self.weight is not None and self.weight.name == name:
-            factored = FactoredRows(self.inputs(examples).to(s.dtype), s, self.layout)
+            (inputs,) = self.inputs(examples)
+            factored = FactoredRows(inputs.to(s.dtype), s, self.layout)
             values = factored.densify().rows.view(m, c, *self.weight_shape)
             out = self.weight.pad(values, 2)
         if self.bias is not None and self.bias.name == name:
@@ -305,10 +306,12 @@ class PositionsUse(MatrixUse):
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:-1])
 
-    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
-        """Return the map's inputs, shape ``(m, T, 1, in)``."""
+    def inputs(self, examples: Examples, constant: float | None = None) -> tuple[Tensor, ...]:
+        """Return the map's inputs, shape ``(m, T, 1, in)``, and the constant apart."""
         x = examples.split(self.x, self.lead)[:, :, None]
-        return x if constant is None else F.pad(x, (0, 1), value=constant)
+        if constant is None:
+            return (x,)
+        return x, x.new_full((), constant).expand(*x.shape[:-1], 1)
 
     def signals(self, signals: Tensor, examples: Examples) -> Tensor:
         """Return the gradients at its outputs, shape ``(m, c, T, 1, out)``."""

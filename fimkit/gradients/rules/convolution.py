@@ -65,7 +65,7 @@ class ConvolutionUse(MatrixUse):
         """Set `lead` from the call's output."""
         self.lead = tuple(output.shape[:1]) if self._batched else ()
 
-    def inputs(self, examples: Examples, constant: float | None = None) -> Tensor:
+    def inputs(self, examples: Examples, constant: float | None = None) -> tuple[Tensor, ...]:
         """Return the patches, shape ``(m, T, groups, in)``, positions fastest in memory."""
         x = examples.split(self.x, self.lead)
         m, calls = x.shape[:2]
@@ -78,7 +78,7 @@ class ConvolutionUse(MatrixUse):
             patches[:, :, -1] = constant
         patches[:, :, :size].view(-1, groups, *windows.shape[2:]).copy_(windows)
         patches = patches.view(m, calls, *patches.shape[1:])
-        return patches.permute(0, 1, 4, 2, 3).flatten(1, 2)
+        return (patches.permute(0, 1, 4, 2, 3).flatten(1, 2),)
 
     def _windows(self, x: Tensor) -> Tensor:
         """View padded inputs as ``(N, groups, channels, *kernel, *positions)``."""
