@@ -48,6 +48,9 @@ WeightSharing = Literal["expand", "reduce"]
 # Power of two that squares' roots are scaled to.
 _HEADROOM = 16
 
+# Rows that make their rotation fast, which reads a basis, and the sum of their squares.
+_ENOUGH = 512
+
 # Rows of matrices that a product for many of them at once has, at least.
 _ROWS = 64
 
@@ -182,7 +185,7 @@ class LinearStatistics(LayerStatistics):
     def __init__(self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing) -> None:
         super().__init__(layout, like)
         self._reduce = weight_sharing == "reduce"
-        self._few = Gathered()
+        self._few = Gathered(_ENOUGH)
         self.output, self.input = (
             Side(layout.groups, size, like, diagonal=size > _LARGEST_SIDE)
             for size in (layout.out, layout.columns)

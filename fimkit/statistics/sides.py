@@ -29,9 +29,15 @@ class Gathered:
 
     What is to be added up are lists of tensors that belong together, with examples along their
     first dimension. They are to be read before more is added, which may overwrite them.
+
+    Parameters
+    ----------
+    enough : int
+        Of examples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enough: int) -> None:
+        self._enough = enough
         self._buffers: tuple[Tensor, ...] = ()
         self._held = 0
 
@@ -42,16 +48,16 @@ class Gathered:
         rows per example may be others in every batch. Tensors that are enough are not copied.
         """
         n = len(tensors[0])
-        if n >= _ENOUGH:
+        if n >= self._enough:
             return [tensors]
         ready = []
         if [t.shape[1:] for t in tensors] != [buffer.shape[1:] for buffer in self._buffers]:
             ready = self.take()
-            self._buffers = tuple(t.new_empty((2 * _ENOUGH, *t.shape[1:])) for t in tensors)
+            self._buffers = tuple(t.new_empty((2 * self._enough, *t.shape[1:])) for t in tensors)
         for buffer, tensor in zip(self._buffers, tensors, strict=True):
             buffer[self._held : self._held + n] = tensor
         self._held += n
-        if self._held >= _ENOUGH:
+        if self._held >= self._enough:
             ready.append(self._rows())
             self._held = 0
         return ready
@@ -91,7 +97,7 @@ class Side:
     def __init__(self, groups: int, size: int, like: Tensor, *, diagonal: bool) -> None:
         self.diagonal = diagonal
         self._counted = False
-        self._few = Gathered()
+        self._few = Gathered(_ENOUGH)
         # Of a whole matrix only what is on and above the diagonal is kept up to date.
         self._sum = like.new_zeros((groups, size) if diagonal else (groups, size, size))
         self._count = like.new_zeros((), dtype=torch.float64 if like.device.type != "mps" else None)
