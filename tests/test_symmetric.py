@@ -8,7 +8,7 @@ from fimkit.operators.symmetric import add_products, mirror_
 from .reference import error
 
 
-@pytest.mark.parametrize("m", [1, 5, 191, 192, 193, 500])
+@pytest.mark.parametrize("m", [1, 5, 255, 256, 257, 600])
 @pytest.mark.parametrize("b", [1, 3])
 def test_sums_of_products(m, b):
     total = torch.zeros(m, m, dtype=torch.float64)
