@@ -14,9 +14,10 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
-from fimkit.operators.memory import float32_is_exact
+from fimkit.gradients.steady import Crossing
+from fimkit.operators.memory import chunks, float32_is_exact
 
-__all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
+__all__ = ["RandomSum", "examples_apart", "graph_shape", "same_scalars", "still_fit"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -66,6 +67,80 @@ def still_fit(
         other = sum(signal * weights[:, j, None] for j, signal in enumerate(each))
         fitting.append(((one - other).norm() <= tolerance * one.norm()).to(scalars.device))
     return not fitting or bool(torch.stack(fitting).all())
+
+
+def examples_apart(
+    scalars: Tensor, crossings: Sequence[Crossing], precision: torch.dtype, at_once: int
+) -> bool:
+    """Whether gradients tell of all tensors that no examples lie along the dimensions crossed.
+
+    At every position the gradients of two random sums, over examples and not, must be the same but
+    for its example's coefficient, for examples along one dimension and no other.
+
+    Parameters
+    ----------
+    scalars : Tensor of shape (B, c)
+    crossings : sequence of Crossing
+    precision : torch.dtype
+        As for `RandomSum`.
+    at_once : int
+        How many tensors' gradients may take memory.
+    """
+    if len(scalars) == 1:
+        return True
+    sums = scalars @ _coefficients(scalars[0])
+    coefficients = _coefficients(sums[:, None])
+    for part in chunks(len(crossings), 1, budget=at_once):
+        some = crossings[part]
+        one, other = (
+            torch.autograd.grad(
+                weights @ sums, [each.edge for each in some], retain_graph=True, allow_unused=True
+            )
+            for weights in (torch.ones_like(sums), coefficients[:, 0])
+        )
+        for crossing, signals, observed in zip(some, one, other, strict=True):
+            if signals is None or observed is None or not _norm(observed):
+                return False
+            found = _fitting(crossing.shape, observed, signals[None], coefficients, precision)
+            if len(found) != 1 or found[0][1].axis in crossing.dims:
+                return False
+    return True
+
+
+def _fitting(
+    lead: tuple[int, ...],
+    observed: Tensor,
+    signals: Tensor,
+    coefficients: Tensor,
+    precision: torch.dtype,
+) -> list[tuple[float, BatchLayout]]:
+    """Return the layouts under which each position answers to one example only, with their errors.
+
+    Parameters
+    ----------
+    lead : tuple of int
+        Dimensions that examples may lie along.
+    observed : Tensor of shape (*lead, ...)
+        Gradients of a sum of n examples' c scalars ...
+    signals : Tensor of shape (c, *lead, ...)
+        ... and of each of the c, of all examples.
+    coefficients : Tensor of shape (n, c)
+        Of the sum.
+    precision : torch.dtype
+    """
+    n, size = len(coefficients), _norm(observed)
+    tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, precision})
+    weights = coefficients.to(signals)
+    fitting: list[tuple[float, BatchLayout]] = []
+    for layout in candidate_layouts(lead, n):
+        expected = sum(
+            layout.split(signal, lead, n).flatten(1) * weights[:, j, None]
+            for j, signal in enumerate(signals)
+        )
+        error = _norm(layout.split(observed, lead, n).flatten(1) - expected)
+        if error <= tolerance * size:
+            fitting.append((error, layout))
+    return fitting
 
 
 def _coefficients(scalars: Tensor) -> Tensor:
@@ -146,21 +221,10 @@ class RandomSum:
         if signals is None or observed is None:  # the loss does not depend on it
             self.guessed = True
             return candidates[0] if candidates else BatchLayout(None)
-        size = _norm(observed)
-        if not size:
+        if not _norm(observed):
             self.guessed = True
             return candidates[0] if candidates else None
-        tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, self._precision})
-        weights = self.coefficients.to(signals)
-        fitting: list[tuple[float, BatchLayout]] = []
-        for layout in candidates:
-            expected = sum(
-                layout.split(signal, use.lead, n).flatten(1) * weights[:, j, None]
-                for j, signal in enumerate(signals)
-            )
-            error = layout.split(observed, use.lead, n).flatten(1) - expected
-            if _norm(error) <= tolerance * size:
-                fitting.append((_norm(error), layout))
+        fitting = _fitting(use.lead, observed, signals, self.coefficients, self._precision)
         return min(fitting, key=lambda item: item[0])[1] if fitting else None
 
     def refuse_infinite(self) -> None:
