@@ -198,10 +198,11 @@ class GradientEngine:
             if known is not None and (certain or _still_fits(known, run, signals)):
                 found = known
             else:
+                tracked = self._parameters
                 steady = run.movements is not None and examples_apart(
-                    run.scalars, run.crossings, run.precision, len(run.uses)
+                    run.scalars, run.crossings, list(tracked.values()), run.precision
                 )
-                found = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
+                found = RandomSum(run.scalars, run.uses, signals, tracked, run.precision)
         except RuntimeError as error:  # autograd's, which needs the inputs as well
             if not run.overwritten:
                 raise
@@ -331,10 +332,7 @@ class GradientEngine:
         that nothing but the batch's movements can move the examples.
         """
         check.refuse_infinite()
-        layouts = [
-            check.find(i, use, signal)
-            for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
-        ]
+        layouts = check.layouts
         for use, layout in zip(run.uses, layouts, strict=True):
             if layout is None:
                 self._fallback_names.update(use.names)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
 from fimkit.gradients.steady import Crossing
-from fimkit.operators.memory import chunks, float32_is_exact
+from fimkit.operators.memory import float32_is_exact
 
 __all__ = ["RandomSum", "examples_apart", "graph_shape", "same_scalars", "still_fit"]
 
@@ -70,7 +72,10 @@ def still_fit(
 
 
 def examples_apart(
-    scalars: Tensor, crossings: Sequence[Crossing], precision: torch.dtype, at_once: int
+    scalars: Tensor,
+    crossings: Sequence[Crossing],
+    parameters: Sequence[Tensor],
+    precision: torch.dtype,
 ) -> bool:
     """Whether gradients tell of all tensors that no examples lie along the dimensions crossed.
 
@@ -81,30 +86,57 @@ def examples_apart(
     ----------
     scalars : Tensor of shape (B, c)
     crossings : sequence of Crossing
+    parameters : sequence of Tensor
+        The tracked parameters.
     precision : torch.dtype
         As for `RandomSum`.
-    at_once : int
-        How many tensors' gradients may take memory.
     """
     if len(scalars) == 1:
         return True
     sums = scalars @ _coefficients(scalars[0])
     coefficients = _coefficients(sums[:, None])
-    for part in chunks(len(crossings), 1, budget=at_once):
-        some = crossings[part]
-        one, other = (
-            torch.autograd.grad(
-                weights @ sums, [each.edge for each in some], retain_graph=True, allow_unused=True
-            )
-            for weights in (torch.ones_like(sums), coefficients[:, 0])
-        )
-        for crossing, signals, observed in zip(some, one, other, strict=True):
-            if signals is None or observed is None or not _norm(observed):
-                return False
-            found = _fitting(crossing.shape, observed, signals[None], coefficients, precision)
-            if len(found) != 1 or found[0][1].axis in crossing.dims:
-                return False
+    edges = [crossing.edge for crossing in crossings]
+    along: list[dict[int, Tensor]] = []
+    for weights in (torch.ones_like(sums), coefficients[:, 0]):
+        along.append({})
+
+        def look(i: int, gradient: Tensor) -> None:
+            lead = max(gradient.ndim - 1, 1)
+            along[-1][i] = gradient.reshape(*gradient.shape[:lead], -1) @ _direction(gradient, lead)
+
+        _watched_gradients(weights @ sums, parameters, edges, look)
+    for i, crossing in enumerate(crossings):
+        one, other = (each.get(i) for each in along)
+        if one is None or other is None or not _norm(other):
+            return False
+        found = _fitting(tuple(one.shape), other, one[None], coefficients, precision)
+        if len(found) != 1 or found[0][1].axis in crossing.dims:
+            return False
     return True
+
+
+def _watched_gradients(
+    total: Tensor,
+    inputs: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    look: Callable[[int, Tensor], None],
+) -> tuple[Tensor | None, ...]:
+    """Differentiate a sum, and let ``look(i, gradient)`` see that at each edge, on the way only."""
+
+    def watch(i: int, edge: GradientEdge) -> RemovableHandle:
+        def meet(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[edge.output_nr]
+            if gradient is not None:
+                look(i, gradient)
+
+        return edge.node.register_prehook(meet)
+
+    handles = [watch(i, edge) for i, edge in enumerate(edges)]
+    try:
+        return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _fitting(
@@ -166,6 +198,8 @@ class RandomSum:
         Scalars whose gradients are the rows.
     uses : sequence of Use
         Captured calls.
+    signals : sequence of Tensor of shape (c, *output shape), or None
+        Gradients of the scalars at their outputs.
     parameters : mapping of str to Tensor
         The tracked parameters.
     precision : torch.dtype
@@ -173,6 +207,8 @@ class RandomSum:
 
     Attributes
     ----------
+    layouts : list of BatchLayout or None
+        Of each call, where each position answers to one example's scalars only; None if nowhere.
     guessed : bool
         Whether a layout that was found is only the likeliest, its call having had no gradient.
     tells : bool
@@ -183,49 +219,50 @@ class RandomSum:
         self,
         scalars: Tensor,
         uses: Sequence[Use],
+        signals: Sequence[Tensor | None],
         parameters: Mapping[str, Tensor],
         precision: torch.dtype,
     ) -> None:
         self._precision = precision
-        self.guessed = False
         self.coefficients = _coefficients(scalars)
-        inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
-        self._total = (self.coefficients * scalars).sum()
-        gradients = torch.autograd.grad(
-            self._total,
-            inputs,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        self._total = self._total.detach()
-        self._signals: list[Tensor | None] = list(gradients[: len(uses)])
+        # What the loss does not depend on is met by no gradient.
+        self.layouts: list[BatchLayout | None] = [
+            self._likeliest(use) or BatchLayout(None) for use in uses
+        ]
+        met = set()
+
+        def look(i: int, observed: Tensor) -> None:
+            signal = signals[i]
+            if signal is not None and _norm(observed):
+                met.add(i)
+                self.layouts[i] = self._find(uses[i], signal, observed)
+            elif signal is not None:
+                self.layouts[i] = self._likeliest(uses[i])
+
+        total = (self.coefficients * scalars).sum()
+        edges = [use.edge for use in uses]
+        gradients = _watched_gradients(total, list(parameters.values()), edges, look)
+        self._total = total.detach()
         self._parameters = {
             name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-            for (name, parameter), gradient in zip(
-                parameters.items(), gradients[len(uses) :], strict=True
-            )
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
+        self.guessed = len(met) < len(uses)
         self.tells = any(bool(gradient.any()) for gradient in self._parameters.values())
 
-    def find(self, i: int, use: Use, signals: Tensor | None) -> BatchLayout | None:
+    def _find(self, use: Use, signals: Tensor, observed: Tensor) -> BatchLayout | None:
         """Return the layout under which each position answers to one example's scalars only.
-
-        None if there is none. Asked once of each call: what it takes is forgotten.
 
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
         """
-        n = self.coefficients.shape[0]
-        candidates = candidate_layouts(use.lead, n)
-        observed, self._signals[i] = self._signals[i], None
-        if signals is None or observed is None:  # the loss does not depend on it
-            self.guessed = True
-            return candidates[0] if candidates else BatchLayout(None)
-        if not _norm(observed):
-            self.guessed = True
-            return candidates[0] if candidates else None
         fitting = _fitting(use.lead, observed, signals, self.coefficients, self._precision)
         return min(fitting, key=lambda item: item[0])[1] if fitting else None
+
+    def _likeliest(self, use: Use) -> BatchLayout | None:
+        """Return the layout of a call whose gradients cannot tell."""
+        candidates = candidate_layouts(use.lead, len(self.coefficients))
+        return candidates[0] if candidates else None
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
