@@ -125,7 +125,7 @@ class PassRecord:
         wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
         matrix = wide.reshape(-1, tensor.shape[-1])
         rows, columns = matrix.shape
-        return self._numbers((rows,), wide) @ (matrix @ self._numbers((columns, _SUMS), wide))
+        return self._numbers((_SUMS, rows), wide) @ (matrix @ self._numbers((columns,), wide))
 
     def _numbers(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return random numbers, always the same."""

@@ -286,30 +286,35 @@ class RandomSum:
         dtypes |= {group.dtype for group in gradients.groups}
         tolerance = max(_tolerance(dtype) for dtype in dtypes)
         everything = min(tolerance, finest) * sum(norm**2 for norm in true.values()) ** 0.5
-        found = {name: (norm, norm) for name, norm in true.items()}
+        wrong = {name for name, norm in true.items() if not norm <= tolerance * norm + everything}
         for group in gradients.groups:  # each takes its parameters' memory several times
-            found.update(self._compared(group))
-        wrong = []
-        for name in names:
-            error, size = found[name]
-            if not error <= tolerance * max(size, true[name]) + everything:
-                wrong.append(name)
-        return wrong
+            wrong.difference_update(group.group.names)
+            wrong |= self._differing(group, true, tolerance, everything)
+        return [name for name in names if name in wrong]
 
-    def _compared(self, group: GroupGradients) -> dict[str, tuple[float, float]]:
-        """Return, of each parameter, the error of its rows' sum, and the size of what it adds."""
+    def _differing(
+        self, group: GroupGradients, true: Mapping[str, float], tolerance: float, everything: float
+    ) -> set[str]:
+        """Return the parameters of a group whose rows do not add up to autograd's gradient.
+
+        Up to a part of its size, or of what it adds up, and of everything.
+        """
         rows = group.rows()
         weights = self.coefficients.to(rows.device, rows.dtype)[None]
-        true = {name: self._parameters[name].flatten() for name in group.group.names}
-        sizes = [gradient.numel() for gradient in true.values()]
+        gradients = {name: self._parameters[name].flatten() for name in group.group.names}
+        sizes = [gradient.numel() for gradient in gradients.values()]
         sums = torch.split(rows.combine(weights)[0], sizes)
-        errors = [_norm(one - own.to(one)) for one, own in zip(sums, true.values(), strict=True)]
-        del sums
-        bounds = torch.split(rows.magnitudes().combine(weights.abs())[0], sizes)
-        return {
-            name: (error, _norm(bound))
-            for name, error, bound in zip(true, errors, bounds, strict=True)
+        errors = {
+            name: _norm(found - gradient.to(found))
+            for found, (name, gradient) in zip(sums, gradients.items(), strict=True)
         }
+        del sums
+        limits = {name: tolerance * true[name] + everything for name in errors}
+        if not all(error <= limits[name] for name, error in errors.items()):
+            bounds = torch.split(rows.magnitudes().combine(weights.abs())[0], sizes)
+            for name, bound in zip(limits, bounds, strict=True):
+                limits[name] = max(limits[name], tolerance * _norm(bound) + everything)
+        return {name for name, error in errors.items() if not error <= limits[name]}
 
 
 def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, int]]:
