@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 __all__ = ["add_products", "mirror_"]
 
-# Width of the panels by which a product is computed on and above its diagonal.
+# Greatest width of the panels by which a product is computed on and above its diagonal, and what
+# their widths are multiples of.
 _PANEL = 256
+_ALIGNED = 16
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -20,9 +24,11 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     left, right : Tensor of shape (b, r, m)
         Summed over b and r.
     """
-    for start in range(0, total.shape[0], _PANEL):
-        panel = total[start : start + _PANEL, start:]
-        panel.addbmm_(left[:, :, start : start + _PANEL].mT, right[:, :, start:])
+    m = total.shape[0]
+    width = _ALIGNED * math.ceil(m / (_ALIGNED * math.ceil(m / _PANEL)))  # about the same of all
+    for start in range(0, m, width):
+        panel = total[start : start + width, start:]
+        panel.addbmm_(left[:, :, start : start + width].mT, right[:, :, start:])
 
 
 def mirror_(total: Tensor) -> Tensor:
