@@ -1,8 +1,8 @@
 """LAPACK's divide-and-conquer eigensolver, in two squares of float64 and the matrix's memory.
 
-NumPy, SciPy and PyTorch take twice as much, and SciPy holds the interpreter's lock meanwhile, so
-that matrices cannot be decomposed side by side. The routines are SciPy's, by the pointers that
-``scipy.linalg.cython_lapack`` publishes for other languages.
+NumPy, SciPy and PyTorch take three squares or more, and SciPy holds the interpreter's lock
+meanwhile, so that matrices cannot be decomposed side by side. The routines are SciPy's, by the
+pointers that ``scipy.linalg.cython_lapack`` publishes for other languages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     Parameters
     ----------
     matrix : ndarray of shape (m, m)
-        In float32 or float64, symmetric and positive semi-definite, of at least 2 and at most
+        In float32 or float64, symmetric and positive semi-definite, of at least 3 and at most
         `LARGEST` rows; only its lower triangle is read.
 
     Returns
@@ -49,26 +49,24 @@ def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     m = len(matrix)
     work, vectors = np.empty(1 + 4 * m + m * m), np.empty((m, m))
     square = work[: m * m].reshape(m, m)
-    eigenvalues, beside, scales = np.empty((3, m))
+    values, beside, scales = np.empty((3, m))
     integers = np.empty(3 + 5 * m, np.intc)
 
-    # Nothing overflows or vanishes in the squares of numbers around one. The largest entry is on
-    # the diagonal; dividing by a power of two is exact.
+    # Numbers around one neither overflow nor vanish when they are squared. The largest is on the
+    # diagonal; dividing by a power of two is exact.
     unit = 2.0 ** (math.frexp(matrix.diagonal().max())[1] - 1)
     np.divide(matrix, unit, out=square, dtype=np.float64)
-    reflectors = _float64_within(matrix, m * (m - 1) // 2)
+    kept = _float64_within(matrix, m * (m - 1) // 2)
 
     # By columns, as LAPACK sees the square, its lower triangle is the upper one ("U"), and its
-    # second row begins the triangle above the diagonal.
-    _call("dsytrd", b"U", m, square, m, eigenvalues, beside, scales, vectors, m * m)
-    _call("dtrttp", b"U", m - 1, square[1:], m, reflectors)
-    sizes = len(work), integers, len(integers)
-    _call("dstedc", b"I", m, eigenvalues, beside, vectors, m, work, *sizes)
-    _call("dtpttr", b"U", m - 1, reflectors, square[1:], m)
-    room = reflectors, len(reflectors)
-    _call("dormtr", b"L", b"U", b"N", m, m, square, m, scales, vectors, m, *room)
+    # second row begins what is above the diagonal: the reflectors.
+    _call("dsytrd", b"U", m, square, m, values, beside, scales, vectors, m * m)
+    _call("dtrttp", b"U", m - 1, square[1:], m, kept)
+    _call("dstedc", b"I", m, values, beside, vectors, m, work, len(work), integers, len(integers))
+    _call("dtpttr", b"U", m - 1, kept, square[1:], m)
+    _call("dormtr", b"L", b"U", b"N", m, m, square, m, scales, vectors, m, kept, len(kept))
     matrix[...] = vectors.T
-    return eigenvalues * unit
+    return values * unit
 
 
 def _float64_within(matrix: npt.NDArray[np.floating], number: int) -> npt.NDArray[np.float64]:
@@ -81,17 +79,17 @@ def _float64_within(matrix: npt.NDArray[np.floating], number: int) -> npt.NDArra
 def _call(name: str, *arguments: bytes | int | npt.NDArray[Any]) -> None:
     """Call a routine, which takes addresses only, the last of them to tell of failure."""
     info = ctypes.c_int()
-    addresses = [
-        ctypes.byref(ctypes.c_int(argument))
-        if isinstance(argument, int)
-        else argument.ctypes.data
-        if isinstance(argument, np.ndarray)
-        else argument
-        for argument in arguments
-    ]
-    _routine(name, len(arguments) + 1)(*addresses, ctypes.byref(info))
+    _routine(name, len(arguments) + 1)(*map(_address, arguments), ctypes.byref(info))
     if info.value:
         raise np.linalg.LinAlgError(f"LAPACK's {name} did not converge (info={info.value})")
+
+
+def _address(argument: bytes | int | npt.NDArray[Any]) -> Any:
+    if isinstance(argument, bytes):
+        return argument
+    if isinstance(argument, int):
+        return ctypes.byref(ctypes.c_int(argument))
+    return argument.ctypes.data
 
 
 @cache
