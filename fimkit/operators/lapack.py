@@ -71,7 +71,7 @@ def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
 
 def _float64_within(matrix: npt.NDArray[np.floating], number: int) -> npt.NDArray[np.float64]:
     """Return so many numbers in the memory of a matrix, from an address that suits them."""
-    memory = matrix.reshape(-1).view(np.uint8)
+    memory = matrix.ravel().view(np.uint8)
     start = -memory.ctypes.data % np.dtype(np.float64).alignment
     return memory[start:][: 8 * number].view(np.float64)
 
