@@ -30,8 +30,9 @@ class PassRecord:
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
-        self._inputs: list[list[Tensor]] = []
-        self._signals: list[list[Tensor]] = []
+        # Of each batch (layers, sums); None where nothing was recorded but losses.
+        self._inputs: list[Tensor | None] = []
+        self._signals: list[Tensor | None] = []
         self._tolerance = 0.0
         self._scale: float | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
@@ -65,8 +66,8 @@ class PassRecord:
             Inputs of layers, and gradients at their outputs.
         """
         self._losses.append(losses)
-        self._inputs.append([self._sums(tensor) for tensor in inputs])
-        self._signals.append([self._sums(tensor) for tensor in signals])
+        self._inputs.append(self._sums(inputs))
+        self._signals.append(self._sums(signals))
         self._scale = None
         for tensor in (*inputs, *signals):
             if tensor.is_floating_point():
@@ -84,24 +85,22 @@ class PassRecord:
             As for `append`; inputs and signals are looked at where some were recorded.
         """
         known = self._losses[i]
-        if not _close(losses, known, _tolerance(known), float(known.abs().mean())):
+        if not _close(losses, known, _tolerance(known), known.abs().mean()):
             return "losses"
         known_inputs, known_signals = self._inputs[i], self._signals[i]
-        if not known_inputs and not known_signals:
+        if known_inputs is None or known_signals is None:
             return None
         if len(inputs) != len(known_inputs) or len(signals) != len(known_signals):
             return "layers"
-        for tensor, sums in zip(inputs, known_inputs, strict=True):
-            if not self._same(tensor, sums, float(sums.abs().mean())):
-                return "inputs of layers"
-        for tensor, sums in zip(signals, known_signals, strict=True):
-            if not self._same(tensor, sums, self._signal_scale()):
-                return "gradients at layers"
+        if not self._same(inputs, known_inputs, known_inputs.abs().mean(1, keepdim=True)):
+            return "inputs of layers"
+        if not self._same(signals, known_signals, self._signal_scale()):
+            return "gradients at layers"
         return None
 
-    def _same(self, tensor: Tensor, sums: Tensor, scale: float) -> bool:
-        tolerance = _SUMS_TOLERANCE * max(self._tolerance, _tolerance(sums))
-        return _close(self._sums(tensor), sums, tolerance, scale)
+    def _same(self, tensors: Sequence[Tensor], known: Tensor, scale: Tensor | float) -> bool:
+        tolerance = _SUMS_TOLERANCE * max(self._tolerance, _tolerance(known))
+        return _close(self._sums(tensors), known, tolerance, scale)
 
     def _signal_scale(self) -> float:
         """Return the mean size of the sums of signals, of all batches and layers.
@@ -109,16 +108,24 @@ class PassRecord:
         Where examples are fitted perfectly, gradients are rounding errors: others tell that.
         """
         if self._scale is None:
-            means = [s.abs().mean().to(self._losses[0]) for batch in self._signals for s in batch]
-            self._scale = float(torch.stack(means).mean())
+            means = [signals.abs().mean(1) for signals in self._signals if signals is not None]
+            self._scale = float(torch.cat(means).mean())
         return self._scale
 
-    def _sums(self, tensor: Tensor) -> Tensor:
+    def _sums(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Return random sums of each tensor's numbers, on one device; None if there is none."""
+        if not tensors:
+            return None
+        sums = [self._sums_of(tensor) for tensor in tensors]
+        finest = max(sums, key=lambda each: each.dtype.itemsize)
+        return torch.stack([each.to(finest) for each in sums])
+
+    def _sums_of(self, tensor: Tensor) -> Tensor:
         """Return random sums of a tensor's numbers, about as large as its norm."""
         wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
         matrix = wide.reshape(-1, tensor.shape[-1])
         rows, columns = matrix.shape
-        return self._numbers((rows,), wide) @ (matrix @ self._numbers((columns, _SUMS), wide))
+        return self._numbers((_SUMS, rows), wide) @ (matrix @ self._numbers((columns,), wide))
 
     def _numbers(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return random numbers, always the same."""
@@ -131,11 +138,11 @@ class PassRecord:
         return self._random[key]
 
 
-def _close(second: Tensor, first: Tensor, tolerance: float, scale: float) -> bool:
+def _close(second: Tensor | None, first: Tensor, tolerance: float, scale: Tensor | float) -> bool:
     """Whether numbers agree, up to a part of their size and of the scale given."""
-    return second.shape == first.shape and torch.allclose(
-        second, first, rtol=tolerance, atol=tolerance * scale
-    )
+    if second is None or second.shape != first.shape:
+        return False
+    return bool(((second - first).abs() <= tolerance * (first.abs() + scale)).all())
 
 
 def _tolerance(tensor: Tensor) -> float:

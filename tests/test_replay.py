@@ -1,5 +1,6 @@
 """Two passes over the same data: whatever is kept, and in whatever pieces it comes."""
 
+import gc
 import random
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch.utils.data import (
 )
 
 from fimkit import IFVPUsageError, ModelData
-from fimkit.estimators.ekfac import EKFAC, KFAC
+from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
+from fimkit.gradients import GroupGradients
 from fimkit.operators import memory
 from tests import kronecker_reference as kronecker
 from tests import reference
@@ -123,6 +125,24 @@ def test_forward_passes():
     model, once = counted()
     KFAC().fit(model, batches)
     assert once == [3] * 4
+
+
+@pytest.mark.parametrize("method", [Diagonal, KFAC, EKFAC])
+def test_gradients_of_earlier_batches_are_gone_before_the_next_forward_pass(method):
+    """Unless they are kept on purpose, only one batch's take memory at a time."""
+    model = nn.Linear(5, 3)
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    living = []
+
+    def count(module, inputs):
+        if len(inputs[0]) == 3:  # a whole batch, not an example on its own
+            living.append(sum(type(o) is GroupGradients for o in gc.get_objects()))
+
+    model.register_forward_pre_hook(count)
+    lean = {"cache_budget": 0} if method is EKFAC else {}
+    method(regularization=0.1, **lean).fit(model, split((x, y), 12, 3))
+    assert len(living) >= 4
+    assert not any(living)
 
 
 def test_nothing_to_pass_over_again():

@@ -4,6 +4,7 @@ import copy
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from fimkit.gradients import engine
 from fimkit.gradients.capture import Capture
 from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.rules.linear import LinearUse
-from fimkit.gradients.verification import RandomSum
+from fimkit.gradients.verification import RandomSum, still_fit
 from tests import reference
 from tests.cases import BY_NAME, Apply, N, T, mlp, points, sequences, split
 from tests.state import unchanged
@@ -404,21 +405,248 @@ def test_places_that_change_from_batch_to_batch(forward, solver):
         assert distance(Explicit(solver=solver).fit(model, order), rows) <= 1e-12
 
 
-def test_places_are_not_looked_at_again_where_no_number_can_move_them(monkeypatch):
-    """Pointwise functions, pooling and maps by parameters leave every example where it is."""
+ORDERS = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
 
-    def looked(*arguments):
-        raise AssertionError
 
-    monkeypatch.setattr(engine, "still_fit", looked)
+def by_slices(h, k):
+    def order(h, k):
+        return torch.cat([h[2 * i : 2 * i + 2] for i in ORDERS[k]])
+
+    return order(h, k), lambda h: order(h, -k)
+
+
+def by_parts(h, k):
+    def order(h, k):
+        parts = h[None].split(2, 1)
+        return torch.cat([parts[i] for i in ORDERS[k]], 1)[0]
+
+    return order(h, k), lambda h: order(h, -k)
+
+
+def by_shapes(h, k):
+    dims, shape = ((1, 0, 2), (3, 2, -1)) if k else ((0, 1, 2), (2, 3, -1))
+
+    def order(h, shape):
+        copy = h.view(shape).permute(dims).clone(memory_format=torch.contiguous_format)
+        return copy.flatten(0, 1)
+
+    return order(h, (2, 3, -1)), lambda h: order(h, shape)
+
+
+def rolled_identity(n, k):
+    return torch.tensor(np.roll(np.eye(n), k, 0).tolist(), dtype=torch.float64)
+
+
+def by_a_matrix(h, k):
+    order = rolled_identity(len(h), k)
+    return order @ h, lambda h: (order.T @ h[None])[0]
+
+
+def by_attention(h, k):
+    """Each example attends to one."""
+    one, order = rolled_identity(len(h), 0), rolled_identity(len(h), k)
+    moved = F.scaled_dot_product_attention(1e4 * order[None], one[None], h[None])[0]
+    return moved, lambda h: order.T @ h
+
+
+def by_weights(h, k):
+    """All but one example's weights are zero, and so is what they add."""
+    order = rolled_identity(len(h), k)
+    weights = (1e4 * order + 0 * h.sum()).softmax(1)
+    return weights @ h, lambda h: order.T @ h
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        by_slices,
+        by_parts,
+        by_shapes,
+        by_a_matrix,
+        by_attention,
+        by_weights,
+    ],
+)
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_places_that_numbers_beside_the_tensors_change(move, of_inputs):
+    """No call tells of them, as they are Python's; the first batch leaves examples in place."""
+
+    def forward(self, x, k=0):
+        back = nn.Identity()
+        if of_inputs and len(x) == 6:
+            x, back = move(x, k)
+        h = self.first(x).tanh()
+        if not of_inputs and len(x) == 6:
+            h, back = move(h, k)
+        return self.second(back(self.between(h).tanh()))
+
+    layers = {"first": nn.Linear(5, 4), "between": nn.Linear(4, 4), "second": nn.Linear(4, 3)}
+    model = Apply(forward, **layers).double()
+    x, y = points()(18, torch.Generator().manual_seed(0))
+
+    def loss(model, batch):
+        x, k, y = batch
+        return F.cross_entropy(model(x, k), y, reduction="none")
+
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, y), 18)
+    batches = [(x[6 * k : 6 * k + 6], k, y[6 * k : 6 * k + 6]) for k in range(3)]
+    for some in (batches, batches[1:] + batches[:1]):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "batch 0: it was not checked")  # a number beside
+            fitted = Explicit(loss=loss).fit(model, some)
+        assert distance(fitted, torch.cat([rows[6 * k : 6 * k + 6] for _, k, _ in some])) <= 1e-12
+
+
+def test_a_dimension_that_numbers_beside_the_tensors_choose():
+    """As many positions as examples: either dimension may be theirs."""
+
+    def forward(self, x, k=0):
+        dims = (1, 0, 2) if k else (0, 1, 2)
+        h = self.first(x).permute(dims).clone(memory_format=torch.contiguous_format).tanh()
+        return self.second(self.between(h).permute(dims).tanh().sum(1))
+
+    layers = {"first": nn.Linear(5, 4), "between": nn.Linear(4, 4), "second": nn.Linear(4, 3)}
+    model = Apply(forward, **layers).double()
+    x, y = sequences(length=4)(8, torch.Generator().manual_seed(0))
+
+    def loss(model, batch):
+        x, k, y = batch
+        return F.cross_entropy(model(x, k), y, reduction="none")
+
+    rows = reference.gradients(model, reference.negative_log_likelihood, (x, y), 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "batch 0: it was not checked")  # a number beside
+        fitted = Explicit(loss=loss).fit(model, [(x[:4], 0, y[:4]), (x[4:], 1, y[4:])])
+    assert distance(fitted, rows) <= 1e-12
+
+
+def turned(h):
+    copy = h.view(2, 3, -1).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return copy.flatten(0, 1)
+
+
+def turned_back(h):
+    copy = h.view(3, 2, -1).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return copy.flatten(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["chosen", "weighed"])
+def test_places_that_are_chosen_by_numbers_from_those_that_shapes_give(kind):
+    def forward(self, x, gates):
+        h = self.first(x).tanh()
+        if len(x) < 6:
+            return self.second(self.between(h).tanh())
+        gate = gates[:, None]
+        if kind == "weighed":
+            h = gate * turned(h) + (1 - gate) * h
+            h = self.between(h).tanh()
+            return self.second(gate * turned_back(h) + (1 - gate) * h)
+        h = self.between(torch.where(gate > 0, turned(h), h)).tanh()
+        return self.second(torch.where(gate > 0, turned_back(h), h))
+
+    layers = {"first": nn.Linear(5, 4), "between": nn.Linear(4, 4), "second": nn.Linear(4, 3)}
+    model = Apply(forward, **layers).double()
+    x, y = points()(12, torch.Generator().manual_seed(0))
+    batch = x, torch.arange(2, dtype=x.dtype).repeat_interleave(6), y
+    rows = reference.gradients(model, reference.negative_log_likelihood, batch, 12)
+    assert distance(Explicit().fit(model, split(batch, 12, 6)), rows) <= 1e-12
+
+
+@pytest.mark.parametrize("mix", [torch.sum, torch.mean])
+def test_examples_that_numbers_mix_in_a_later_batch(mix):
+    def forward(self, x, gates):
+        h = self.first(x).tanh()
+        return self.second(h + gates[:, None] * mix(h, 0))
+
+    model = Apply(forward, first=nn.Linear(5, 4), second=nn.Linear(4, 3))
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    gates = torch.arange(2.0).repeat_interleave(6)
+    with pytest.raises(IFVPUsageError, match="batch 1: the gradients of single examples do not"):
+        Explicit().fit(model, split((x, gates, y), 12, 6))
+
+
+def layers_of_points():
+    """Pointwise functions, pooling and maps by parameters."""
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten()
     )
     model.extend([nn.Linear(12, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 3)])
-    x, y = torch.randn(12, 2, 6, 6), torch.arange(12) % 3
-    Explicit().fit(model, split((x, y), 12, 4))
-    with pytest.raises(AssertionError):
-        Explicit().fit(Apply(lambda _, x: model(x.flip(0)).flip(0), model=model), [(x, y)] * 2)
+    return model, torch.randn(12, 2, 6, 6)
+
+
+def encoder():
+    """PyTorch's own attention, which has the examples in the second dimension inside."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(32, 3))
+    return model, torch.randn(12, 4, 8)
+
+
+def attention():
+    """As it is written by hand, on positions as many as examples."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = (h.unflatten(2, (2, 4)).transpose(1, 2) for h in (q, k, v))
+        weights = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+        h = (weights @ v).transpose(1, 2).reshape(*x.shape)
+        h = torch.cat([self.start.expand(len(x), -1, -1), x + h], 1)
+        return self.head(h[:, 0] + h[:, 1:].mean(1))
+
+    parts = {"qkv": nn.Linear(8, 24), "norm": nn.LayerNorm(8), "head": nn.Linear(8, 3)}
+    return Apply(forward, **parts, start=torch.randn(1, 1, 8)), torch.randn(12, 4, 8)
+
+
+def two_streams():
+    """Without attention: cosine similarities of two linear maps."""
+
+    def forward(self, x):
+        one, other = self.one(x), self.other(x)
+        return self.head(torch.bmm(one, other.mT).flatten(1))
+
+    parts = {"one": nn.Linear(8, 5), "other": nn.Linear(8, 5), "head": nn.Linear(16, 3)}
+    return Apply(forward, **parts), torch.randn(12, 4, 8)
+
+
+@pytest.mark.parametrize("make", [layers_of_points, encoder, attention, two_streams])
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_places_are_not_looked_at_again_where_no_number_can_move_them(make, fisher, monkeypatch):
+    """The first batch tells that the examples are along no dimension in which products mix."""
+    looked = []
+
+    def look(*arguments):
+        looked.append(arguments)
+        return still_fit(*arguments)
+
+    monkeypatch.setattr(engine, "still_fit", look)
+    model, x = make()
+    model, x, y = model.double().eval(), x.double(), torch.arange(12) % 3
+    fitted = Explicit(fisher=fisher).fit(model, split((x, y), 12, 4))
+    assert not looked
+    monkeypatch.setattr(engine, "still_fit", still_fit)
+    whole = Explicit(fisher=fisher).fit(model, [(x, y)])
+    expected = whole.fisher_.to_dense()
+    assert (fitted.fisher_.to_dense() - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.model(x.flip(0)).flip(0),
+        lambda self, x: self.model(x)[torch.arange(len(x))],
+        lambda self, x: self.model(x).sort(0).values,
+    ],
+)
+def test_places_are_looked_at_again_after_calls_that_may_move_them(forward, monkeypatch):
+    def look(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "still_fit", look)
+    x, y = torch.randn(4, 5).sort(0).values, torch.arange(4) % 3
+    with torch.no_grad():
+        model = nn.Linear(5, 3)
+        model.weight.abs_()
+    with pytest.raises(ZeroDivisionError):
+        Explicit().fit(Apply(forward, model=model), [(x, y)] * 2)
 
 
 def test_places_guessed_without_gradients_are_looked_at_again():

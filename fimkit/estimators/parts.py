@@ -291,6 +291,7 @@ class _Attempts:
             if other is not None:
                 raise self._changed(f"batch {i} has other {other}")
             yield gradients
+            del gradients
         if len(self._met) < len(before):
             raise self._changed(f"there are fewer batches: {len(self._met)}")
 

@@ -57,8 +57,8 @@ class ReplayedPasses:
         if not start:
             self._kept.clear()
             self._record = PassRecord()
-        used, full = 0, start > 0
-        for i, gradients in enumerate(self._run.gradients(start), start):
+        i, used, full = start, 0, start > 0
+        for gradients in self._run.gradients(start):  # enumerate would hold on to each
             layers = gradients.layers()
             used += layers.nbytes
             full = full or used > self._budget
@@ -73,6 +73,8 @@ class ReplayedPasses:
                     f"cache_budget={self._budget} bytes, and the data, an iterator, cannot be "
                     "passed over again; give a DataLoader or a list, or a larger cache_budget."
                 )
+            del gradients, layers
+            i += 1
 
     def second(self, start: int = 0) -> Iterator[BatchGradients]:
         """Yield the same gradients again, from a batch on, of groups that are Kronecker layers.
@@ -95,6 +97,7 @@ class ReplayedPasses:
             if other is not None:
                 raise self._changed(f"batch {i} has other {other}")
             yield layers
+            del gradients, layers
             i += 1
         if i != n:  # what ends among the batches that were kept ends unseen
             raise self._changed(f"there are fewer batches: {i} at most, instead of {n}")

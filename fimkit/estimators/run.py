@@ -267,6 +267,7 @@ class Run:
         done, self._done = self._done, 0
         for gradients in batches(done):
             update(gradients)
+            del gradients  # what is not kept is gone before the next batch
             done += 1
             if self.checkpoint is not None and done % self.checkpoint.every == 0:
                 self._write(done, statistics)
@@ -369,6 +370,7 @@ class Run:
             if self._unread[i].device.type == "cpu":  # elsewhere, waiting for the answer takes time
                 self._refuse_infinite()
             yield gradients
+            del gradients  # the next batch's forward pass needs the memory
         if not self.sizes:
             if isinstance(self.data, ModelData):
                 raise IFVPUsageError(

@@ -23,15 +23,16 @@ from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.independence import DEPENDENT, IndependenceCheck, unchecked
-from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.layout import BatchLayout, repeats
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.ownership import owned, version
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
+from fimkit.gradients.steady import Crossing
 from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
-from fimkit.gradients.verification import RandomSum, graph_shape, still_fit
+from fimkit.gradients.verification import RandomSum, examples_apart, graph_shape, still_fit
 from fimkit.losses import Uniforms
 from fimkit.losses.failures import explained
 from fimkit.operators import Columns
@@ -49,7 +50,8 @@ class _Pass:
     """One forward pass: the scalars, by column and stacked, and what was captured on the way.
 
     The precision is the coarsest dtype that it computed in; overwritten are parameters of calls
-    whose inputs were written to later in the pass.
+    whose inputs were written to later in the pass. The movements are the key of what calls may do
+    to the places of examples, None if anything; the crossings are where gradients tell.
     """
 
     batch: Any
@@ -62,7 +64,8 @@ class _Pass:
     overwritten: set[str]
     graph: frozenset[tuple[Any, int]]
     precision: torch.dtype
-    steady: bool
+    movements: Any
+    crossings: list[Crossing]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +74,7 @@ class _Pass:
 
     def release(self) -> None:
         """Let the graph go, and own what is kept of the calls, as the model may run again."""
-        self.scalars, self.columns = self.scalars.detach(), ()
+        self.scalars, self.columns, self.crossings = self.scalars.detach(), (), []
         for use in self.uses:
             del use.edge
         for use, x in zip(self.uses, owned([use.x for use in self.uses]), strict=True):
@@ -82,18 +85,25 @@ class _Pass:
         """What checks hold for: the graph, and that a lone example fits every layout."""
         n = self.shape[0]
         leading = tuple(tensor.ndim > 0 and tensor.shape[0] == n for tensor in tensors(self.batch))
-        return n > 1, self.graph, leading, tuple((use.key, use.repeats(n)) for use in self.uses)
+        return (
+            n > 1,
+            self.graph,
+            leading,
+            tuple((use.key, repeats(use.lead, n)) for use in self.uses),
+        )
 
 
 class _Found(NamedTuple):
     """Where the examples of each call are.
 
-    Guessed where a call had no gradient to tell, proven where the batch had any at all.
+    Proven where the batch had any gradient at all. They stay there in other batches of the same
+    movements, which are None where they have to be looked for again: where numbers may move them,
+    or a call had no gradient to tell.
     """
 
     layouts: list[BatchLayout | None]
-    guessed: bool
     proven: bool
+    movements: Any
 
 
 class GradientEngine:
@@ -180,14 +190,19 @@ class GradientEngine:
         run = self._forward(batch, uniforms)
         self._fallback.shared.meet(tensors(batch), run.shape[0])
         known = self._found.get(run.key) if run.overwritten <= self._fallback_names else None
-        certain = known is not None and run.steady and not known.guessed
+        certain = known is not None and None is not known.movements == run.movements
+        steady = False
         try:
             signals = self._signals(run, keep_graph=not certain)
             found: _Found | RandomSum
             if known is not None and (certain or _still_fits(known, run, signals)):
                 found = known
             else:
-                found = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
+                tracked = self._parameters
+                steady = run.movements is not None and examples_apart(
+                    run.scalars, run.crossings, list(tracked.values()), run.precision
+                )
+                found = RandomSum(run.scalars, run.uses, signals, tracked, run.precision)
         except RuntimeError as error:  # autograd's, which needs the inputs as well
             if not run.overwritten:
                 raise
@@ -201,7 +216,7 @@ class GradientEngine:
             # Checks run the model again; where it draws random numbers, a second pass, which needs
             # no checks, is to meet the same.
             with RandomStates():
-                found = self._verify(run, signals, found)
+                found = self._verify(run, signals, found, steady=steady)
             if found.proven:
                 self._found[run.key] = found
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
@@ -224,16 +239,19 @@ class GradientEngine:
     def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
         versions = [tensor._version for tensor in tensors(batch)]
         loss, called = self._objective.loss, False
+        capture = Capture(self._parameters, self._restored)
         try:
-            with self._autocast.restored(), Capture(self._parameters, self._restored) as capture:
+            with self._autocast.restored():
                 loss.targets(batch)  # refuses a batch without any
-                outputs = loss.outputs(self._model, batch)
+                with capture:
+                    outputs = loss.outputs(self._model, batch)
                 called = True
                 if not self._found:
                     self.doubt = loss.doubt_outputs(outputs)
                 labels = self._objective.labels(outputs, batch, uniforms)
-                columns, weights, mask = self._objective.columns(outputs, labels)
-                scalars = torch.stack(tuple(columns), 1)
+                with capture:
+                    columns, weights, mask = self._objective.columns(outputs, labels)
+                    scalars = torch.stack(tuple(columns), 1)
         except Exception as error:
             if self._found:
                 raise
@@ -274,7 +292,8 @@ class GradientEngine:
             {name for use in changed for name in use.names},
             graph,
             precision,
-            capture.steady,
+            capture.movements.key(len(scalars)),
+            capture.movements.crossings,
         )
 
     def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
@@ -304,16 +323,16 @@ class GradientEngine:
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> _Found:
+    def _verify(
+        self, run: _Pass, signals: list[Tensor | None], check: RandomSum, *, steady: bool
+    ) -> _Found:
         """Find where the examples are in each call, and check every parameter's rows.
 
-        Parameters that fail move to the fallback, which must pass the same check.
+        Parameters that fail move to the fallback, which must pass the same check. Steady says
+        that nothing but the batch's movements can move the examples.
         """
         check.refuse_infinite()
-        layouts = [
-            check.find(i, use, signal)
-            for i, (use, signal) in enumerate(zip(run.uses, signals, strict=True))
-        ]
+        layouts = check.layouts
         for use, layout in zip(run.uses, layouts, strict=True):
             if layout is None:
                 self._fallback_names.update(use.names)
@@ -342,7 +361,8 @@ class GradientEngine:
         for name, parameter in self._parameters.items():
             if name in ways and id(parameter) in reached:
                 self.coverage[name] = ways[name]
-        return _Found(layouts, check.guessed, check.tells)
+        certain = steady and not check.guessed
+        return _Found(layouts, check.tells, run.movements if certain else None)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
+from fimkit.gradients.steady import Crossing
 from fimkit.operators.memory import float32_is_exact
 
-__all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
+__all__ = ["RandomSum", "examples_apart", "graph_shape", "same_scalars", "still_fit"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -68,6 +71,110 @@ def still_fit(
     return not fitting or bool(torch.stack(fitting).all())
 
 
+def examples_apart(
+    scalars: Tensor,
+    crossings: Sequence[Crossing],
+    parameters: Sequence[Tensor],
+    precision: torch.dtype,
+) -> bool:
+    """Whether gradients tell of all tensors that no examples lie along the dimensions crossed.
+
+    At every position the gradients of two random sums, over examples and not, must be the same but
+    for its example's coefficient, for examples along one dimension and no other.
+
+    Parameters
+    ----------
+    scalars : Tensor of shape (B, c)
+    crossings : sequence of Crossing
+    parameters : sequence of Tensor
+        The tracked parameters.
+    precision : torch.dtype
+        As for `RandomSum`.
+    """
+    if len(scalars) == 1:
+        return True
+    sums = scalars @ _coefficients(scalars[0])
+    coefficients = _coefficients(sums[:, None])
+    edges = [crossing.edge for crossing in crossings]
+    along: list[dict[int, Tensor]] = []
+    for weights in (torch.ones_like(sums), coefficients[:, 0]):
+        along.append({})
+
+        def look(i: int, gradient: Tensor) -> None:
+            lead = max(gradient.ndim - 1, 1)
+            along[-1][i] = gradient.reshape(*gradient.shape[:lead], -1) @ _direction(gradient, lead)
+
+        _watched_gradients(weights @ sums, parameters, edges, look)
+    for i, crossing in enumerate(crossings):
+        one, other = (each.get(i) for each in along)
+        if one is None or other is None or not _norm(other):
+            return False
+        found = _fitting(tuple(one.shape), other, one[None], coefficients, precision)
+        if len(found) != 1 or found[0][1].axis in crossing.dims:
+            return False
+    return True
+
+
+def _watched_gradients(
+    total: Tensor,
+    inputs: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    look: Callable[[int, Tensor], None],
+) -> tuple[Tensor | None, ...]:
+    """Differentiate a sum, and let ``look(i, gradient)`` see that at each edge, on the way only."""
+
+    def watch(i: int, edge: GradientEdge) -> RemovableHandle:
+        def meet(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[edge.output_nr]
+            if gradient is not None:
+                look(i, gradient)
+
+        return edge.node.register_prehook(meet)
+
+    handles = [watch(i, edge) for i, edge in enumerate(edges)]
+    try:
+        return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fitting(
+    lead: tuple[int, ...],
+    observed: Tensor,
+    signals: Tensor,
+    coefficients: Tensor,
+    precision: torch.dtype,
+) -> list[tuple[float, BatchLayout]]:
+    """Return the layouts under which each position answers to one example only, with their errors.
+
+    Parameters
+    ----------
+    lead : tuple of int
+        Dimensions that examples may lie along.
+    observed : Tensor of shape (*lead, ...)
+        Gradients of a sum of n examples' c scalars ...
+    signals : Tensor of shape (c, *lead, ...)
+        ... and of each of the c, of all examples.
+    coefficients : Tensor of shape (n, c)
+        Of the sum.
+    precision : torch.dtype
+    """
+    n, size = len(coefficients), _norm(observed)
+    tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, precision})
+    weights = coefficients.to(signals)
+    fitting: list[tuple[float, BatchLayout]] = []
+    for layout in candidate_layouts(lead, n):
+        expected = sum(
+            layout.split(signal, lead, n).flatten(1) * weights[:, j, None]
+            for j, signal in enumerate(signals)
+        )
+        error = _norm(layout.split(observed, lead, n).flatten(1) - expected)
+        if error <= tolerance * size:
+            fitting.append((error, layout))
+    return fitting
+
+
 def _coefficients(scalars: Tensor) -> Tensor:
     """Return the random coefficients of a sum of scalars, the same for the same shape."""
     generator = torch.Generator("cpu").manual_seed(0)
@@ -91,6 +198,8 @@ class RandomSum:
         Scalars whose gradients are the rows.
     uses : sequence of Use
         Captured calls.
+    signals : sequence of Tensor of shape (c, *output shape), or None
+        Gradients of the scalars at their outputs.
     parameters : mapping of str to Tensor
         The tracked parameters.
     precision : torch.dtype
@@ -98,6 +207,8 @@ class RandomSum:
 
     Attributes
     ----------
+    layouts : list of BatchLayout or None
+        Of each call, where each position answers to one example's scalars only; None if nowhere.
     guessed : bool
         Whether a layout that was found is only the likeliest, its call having had no gradient.
     tells : bool
@@ -108,60 +219,50 @@ class RandomSum:
         self,
         scalars: Tensor,
         uses: Sequence[Use],
+        signals: Sequence[Tensor | None],
         parameters: Mapping[str, Tensor],
         precision: torch.dtype,
     ) -> None:
         self._precision = precision
-        self.guessed = False
         self.coefficients = _coefficients(scalars)
-        inputs: list[Any] = [*(use.edge for use in uses), *parameters.values()]
-        self._total = (self.coefficients * scalars).sum()
-        gradients = torch.autograd.grad(
-            self._total,
-            inputs,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        self._total = self._total.detach()
-        self._signals: list[Tensor | None] = list(gradients[: len(uses)])
+        # What the loss does not depend on is met by no gradient.
+        self.layouts: list[BatchLayout | None] = [
+            self._likeliest(use) or BatchLayout(None) for use in uses
+        ]
+        met = set()
+
+        def look(i: int, observed: Tensor) -> None:
+            signal = signals[i]
+            if signal is not None and _norm(observed):
+                met.add(i)
+                self.layouts[i] = self._find(uses[i], signal, observed)
+            elif signal is not None:
+                self.layouts[i] = self._likeliest(uses[i])
+
+        total = (self.coefficients * scalars).sum()
+        edges = [use.edge for use in uses]
+        gradients = _watched_gradients(total, list(parameters.values()), edges, look)
+        self._total = total.detach()
         self._parameters = {
             name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-            for (name, parameter), gradient in zip(
-                parameters.items(), gradients[len(uses) :], strict=True
-            )
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
+        self.guessed = len(met) < len(uses)
         self.tells = any(bool(gradient.any()) for gradient in self._parameters.values())
 
-    def find(self, i: int, use: Use, signals: Tensor | None) -> BatchLayout | None:
+    def _find(self, use: Use, signals: Tensor, observed: Tensor) -> BatchLayout | None:
         """Return the layout under which each position answers to one example's scalars only.
-
-        None if there is none. Asked once of each call: what it takes is forgotten.
 
         At a position of example i the gradient of the random sum must be the same combination of
         that example's signals; a wrong layout, or a position shared by examples, fails.
         """
-        n = self.coefficients.shape[0]
-        candidates = candidate_layouts(use.lead, n)
-        observed, self._signals[i] = self._signals[i], None
-        if signals is None or observed is None:  # the loss does not depend on it
-            self.guessed = True
-            return candidates[0] if candidates else BatchLayout(None)
-        size = _norm(observed)
-        if not size:
-            self.guessed = True
-            return candidates[0] if candidates else None
-        tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, self._precision})
-        weights = self.coefficients.to(signals)
-        fitting: list[tuple[float, BatchLayout]] = []
-        for layout in candidates:
-            expected = sum(
-                layout.split(signal, use.lead, n).flatten(1) * weights[:, j, None]
-                for j, signal in enumerate(signals)
-            )
-            error = layout.split(observed, use.lead, n).flatten(1) - expected
-            if _norm(error) <= tolerance * size:
-                fitting.append((_norm(error), layout))
+        fitting = _fitting(use.lead, observed, signals, self.coefficients, self._precision)
         return min(fitting, key=lambda item: item[0])[1] if fitting else None
+
+    def _likeliest(self, use: Use) -> BatchLayout | None:
+        """Return the layout of a call whose gradients cannot tell."""
+        candidates = candidate_layouts(use.lead, len(self.coefficients))
+        return candidates[0] if candidates else None
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
@@ -185,30 +286,35 @@ class RandomSum:
         dtypes |= {group.dtype for group in gradients.groups}
         tolerance = max(_tolerance(dtype) for dtype in dtypes)
         everything = min(tolerance, finest) * sum(norm**2 for norm in true.values()) ** 0.5
-        found = {name: (norm, norm) for name, norm in true.items()}
+        wrong = {name for name, norm in true.items() if not norm <= tolerance * norm + everything}
         for group in gradients.groups:  # each takes its parameters' memory several times
-            found.update(self._compared(group))
-        wrong = []
-        for name in names:
-            error, size = found[name]
-            if not error <= tolerance * max(size, true[name]) + everything:
-                wrong.append(name)
-        return wrong
+            wrong.difference_update(group.group.names)
+            wrong |= self._differing(group, true, tolerance, everything)
+        return [name for name in names if name in wrong]
 
-    def _compared(self, group: GroupGradients) -> dict[str, tuple[float, float]]:
-        """Return, of each parameter, the error of its rows' sum, and the size of what it adds."""
+    def _differing(
+        self, group: GroupGradients, true: Mapping[str, float], tolerance: float, everything: float
+    ) -> set[str]:
+        """Return the parameters of a group whose rows do not add up to autograd's gradient.
+
+        Up to a part of its size, or of what it adds up, and of everything.
+        """
         rows = group.rows()
         weights = self.coefficients.to(rows.device, rows.dtype)[None]
-        true = {name: self._parameters[name].flatten() for name in group.group.names}
-        sizes = [gradient.numel() for gradient in true.values()]
+        gradients = {name: self._parameters[name].flatten() for name in group.group.names}
+        sizes = [gradient.numel() for gradient in gradients.values()]
         sums = torch.split(rows.combine(weights)[0], sizes)
-        errors = [_norm(one - own.to(one)) for one, own in zip(sums, true.values(), strict=True)]
-        del sums
-        bounds = torch.split(rows.magnitudes().combine(weights.abs())[0], sizes)
-        return {
-            name: (error, _norm(bound))
-            for name, error, bound in zip(true, errors, bounds, strict=True)
+        errors = {
+            name: _norm(found - gradient.to(found))
+            for found, (name, gradient) in zip(sums, gradients.items(), strict=True)
         }
+        del sums
+        limits = {name: tolerance * true[name] + everything for name in errors}
+        if not all(error <= limits[name] for name, error in errors.items()):
+            bounds = torch.split(rows.magnitudes().combine(weights.abs())[0], sizes)
+            for name, bound in zip(limits, bounds, strict=True):
+                limits[name] = max(limits[name], tolerance * _norm(bound) + everything)
+        return {name for name, error in errors.items() if not error <= limits[name]}
 
 
 def graph_shape(end: Tensor, detached: Iterable[str]) -> frozenset[tuple[Any, int]]:
