@@ -32,7 +32,7 @@ from fimkit.gradients import GroupGradients
 from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout
 from fimkit.operators.eigh import eigh_all
 from fimkit.operators.memory import chunks, working_set
-from fimkit.statistics.sides import Gathered, Side, rotate
+from fimkit.statistics.sides import Gathered, Side, join_columns, rotate
 
 __all__ = [
     "LayerStatistics",
@@ -271,7 +271,7 @@ class LinearStatistics(LayerStatistics):
             rotated = rotate(self._output_basis, s.flatten(1, 2)).view(s.shape)
             self._add_rotated(rotate(self._input_basis, *a), rotated)
         else:
-            self._add_unrotated(torch.cat(a, 3), s)
+            self._add_unrotated(join_columns(a), s)
 
     def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
         """Return the operator with the mean of squares over n examples as eigenvalues."""
