@@ -21,6 +21,7 @@ from fimkit.operators import (
     RowMatrix,
     Rows,
     ZeroRows,
+    join_columns,
     join_rows,
 )
 from fimkit.operators.memory import chunks, working_set
@@ -149,8 +150,7 @@ class GroupGradients:
         """Return the rows of some examples as factors, the positions of all calls joined."""
         assert self.layout is not None
         inputs, signals = self.sides(part)
-        whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 3)
-        return FactoredRows(whole, signals, self.layout)
+        return FactoredRows(join_columns(inputs), signals, self.layout)
 
     def sides(
         self, part: slice, calls: Sequence[Located] | None = None

@@ -4,7 +4,7 @@ from fimkit.operators.base import Operator
 from fimkit.operators.block_diagonal import BlockDiagonalOperator
 from fimkit.operators.datainf import DataInfOperator
 from fimkit.operators.dense import DenseOperator
-from fimkit.operators.factored import FactoredRows
+from fimkit.operators.factored import FactoredRows, join_columns
 from fimkit.operators.gram import GramOperator
 from fimkit.operators.kronecker import EigenKroneckerOperator
 from fimkit.operators.layout import MatrixLayout
@@ -29,6 +29,7 @@ __all__ = [
     "Rows",
     "ShardedRowMatrix",
     "ZeroRows",
+    "join_columns",
     "join_rows",
     "join_weights",
 ]

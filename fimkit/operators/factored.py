@@ -26,7 +26,7 @@ from fimkit.operators.layout import MatrixLayout
 from fimkit.operators.memory import chunks
 from fimkit.operators.rows import TILE, Rows, block, pad_to, tiles
 
-__all__ = ["FactoredRows"]
+__all__ = ["FactoredRows", "join_columns"]
 
 
 class FactoredRows(Rows):
@@ -251,6 +251,11 @@ class FactoredRows(Rows):
         """Return some examples' inputs and signals with the groups first."""
         a = self.inputs[part].to(dtype).permute(2, 0, 1, 3)
         return a, self.signals[part].to(dtype).permute(3, 0, 1, 2, 4)
+
+
+def join_columns(vectors: Sequence[Tensor]) -> Tensor:
+    """Join columns of vectors, the last dimension; a single tensor stays itself."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(tuple(vectors), -1)
 
 
 def _add_factored(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], out: Tensor) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fimkit.distributed import Ranks
 from fimkit.gradients import GroupGradients
-from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout
+from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout, join_columns
 from fimkit.operators.eigh import eigh_all
 from fimkit.operators.memory import chunks, working_set
 from fimkit.statistics.sides import Gathered, Side, join_columns, rotate

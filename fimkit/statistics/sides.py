@@ -28,7 +28,7 @@ class Gathered:
     """Rows of small batches, copied together until they are enough for a fast product.
 
     What is to be added up are lists of tensors that belong together, with examples along their
-    first dimension. They are to be read before more is added, which may overwrite them.
+    first dimension.
 
     Parameters
     ----------
@@ -58,8 +58,7 @@ class Gathered:
             buffer[self._held : self._held + n] = tensor
         self._held += n
         if self._held >= self._enough:
-            ready.append(self._rows())
-            self._held = 0
+            ready += self.take()
         return ready
 
     def take(self) -> list[tuple[Tensor, ...]]:
