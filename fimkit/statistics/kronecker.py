@@ -32,7 +32,7 @@ from fimkit.gradients import GroupGradients
 from fimkit.operators import EigenKroneckerOperator, LookupRows, MatrixLayout, join_columns
 from fimkit.operators.eigh import eigh_all
 from fimkit.operators.memory import chunks, working_set
-from fimkit.statistics.sides import Gathered, Side, join_columns, rotate
+from fimkit.statistics.sides import Gathered, Side, rotate
 
 __all__ = [
     "LayerStatistics",

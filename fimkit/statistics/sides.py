@@ -9,7 +9,6 @@ beside the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from fimkit.distributed import Ranks
 from fimkit.operators.symmetric import add_products, mirror_
 
-__all__ = ["Gathered", "Side", "join_columns", "rotate"]
+__all__ = ["Gathered", "Side", "rotate"]
 
 # Rows that make a product fast: with fewer, reading and writing the sum takes as long.
 _ENOUGH = 256
@@ -187,11 +186,6 @@ def rotate(basis: Tensor | None, vectors: Tensor, *last: Tensor) -> Tensor:
     for column in last:
         rotated.addcmul_(column, basis[:, None, -1:])
     return rotated
-
-
-def join_columns(parts: Sequence[Tensor]) -> Tensor:
-    """Return vectors with the last column joined, the same ones where it is not apart."""
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 3)
 
 
 def _flat(vectors: Tensor) -> Tensor:
