@@ -127,12 +127,12 @@ def eigenvalue_bytes(setting):
 
 
 def eigh_bytes(setting, side):
-    """The largest matrices side by side in float64, and twice that to work in.
+    """Two squares of float64 for each of the largest matrices, side by side.
 
-    One at a time is on a device, where the eigenvectors do not take the matrix's place.
+    One at a time is on a device, and takes four: the eigenvectors do not take the matrix's place.
     """
     sizes = sorted(m for layer, count in setting.layers for m in [*layer[:2]] * count)
-    copies = 3 if side > 1 else 4
+    copies = 2 if side > 1 else 4
     return sum(copies * 8 * m**2 for m in sizes[-side:])
 
 

@@ -1,8 +1,11 @@
 """Symmetric eigendecompositions, one alone and several side by side."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
@@ -37,6 +40,75 @@ def test_a_matrix_is_its_eigenvectors_and_eigenvalues(shape, dtype):
     assert torch.equal(eigenvalues, eigenvalues.sort().values)
 
 
+SPECTRA = {
+    "zero": np.zeros,
+    "all the same": np.ones,
+    "gaps": lambda m: np.linspace(1, 2, m),
+    "half of them zero": lambda m: np.linspace(-1, 1, m).clip(min=0),
+    "clusters": lambda m: 1 + np.arange(m) // 10 + 1e-13 * np.arange(m),
+    "all sizes": lambda m: np.logspace(-30, 0, m),
+}
+
+
+@pytest.mark.parametrize("m", [3, 64, 65, 130, 333])
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_every_spectrum_is_found_in_the_memory_of_the_matrix(kind, m, diagonal, dtype):
+    generator = np.random.default_rng(m)
+    spectrum = generator.permutation(SPECTRA[kind](m))
+    basis = np.linalg.qr(generator.standard_normal((m, m))).Q
+    given = (np.diag(spectrum) if diagonal else (basis * spectrum) @ basis.T).astype(dtype)
+    overwritten = given.copy()
+    overwritten[np.triu_indices(m, 1)] = np.nan  # is not read
+    eigenvalues = lapack.eigh_in_place(overwritten)
+
+    assert eigenvalues.dtype == np.float64
+    vectors, wide = overwritten.astype(np.float64), np.tril(given).astype(np.float64)
+    wide += np.tril(wide, -1).T
+    largest = spectrum.max()
+    assert np.abs(eigenvalues - np.linalg.eigvalsh(wide)).max() <= 1e-12 * largest
+    assert (np.diff(eigenvalues) >= 0).all()
+    rounding = 1e-12 if dtype == np.float64 else 1e-6
+    assert np.linalg.norm((vectors * eigenvalues) @ vectors.T - wide) <= rounding * largest
+    assert np.linalg.norm(vectors.T @ vectors - np.eye(m)) <= rounding
+
+
+@pytest.mark.parametrize("exponent", [-1074, -1060, -997, -500, 500, 997, 1008])
+def test_tiny_and_huge_matrices_are_decomposed_as_exactly(exponent):
+    factor = np.random.default_rng(0).integers(-9, 10, (80, 70)).astype(float)
+    given = factor @ factor.T  # whole numbers, which no power of two rounds
+    vectors = given * 2.0**exponent
+    eigenvalues = lapack.eigh_in_place(vectors) / 2.0**exponent
+    largest = np.linalg.norm(given)
+    step = 5.0 if exponent < -1022 else 0.0  # half of one, of each number as it is returned
+    assert np.linalg.norm(eigenvalues - np.linalg.eigvalsh(given)) <= 1e-12 * largest + step
+    product = (vectors * eigenvalues) @ vectors.T
+    assert np.linalg.norm(product - given) <= 1e-12 * largest + step
+    assert np.linalg.norm(vectors.T @ vectors - np.eye(80)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_two_squares_of_memory_are_taken(dtype):
+    m = 500
+    matrix = gram(m).numpy().astype(dtype)
+    tracemalloc.start()
+    lapack.eigh_in_place(matrix)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 16 * m**2 <= most < 17 * m**2
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_the_memory_of_a_matrix_is_used_from_an_address_of_float64(start):
+    matrix = np.zeros(start + 65 * 65, np.float32)[start:].reshape(65, 65)
+    kept = lapack._float64_within(matrix, 65 * 64 // 2)
+    assert len(kept) == 65 * 64 // 2
+    assert kept.flags.aligned
+    kept[...] = np.nan
+    assert np.isnan(matrix).sum() == len(kept)  # of each number, the half with the exponent
+
+
 @pytest.mark.parametrize("m", [9, 90])
 def test_only_the_lower_triangle_is_read(m):
     matrix = gram(m)
@@ -59,7 +131,34 @@ def test_matrices_too_large_for_the_workspace_are_decomposed_all_the_same(monkey
 
 def test_the_largest_workspace_is_what_32_bits_count():
     m = lapack.LARGEST
-    assert 1 + 6 * m + 2 * m * m <= np.iinfo(np.intc).max < 1 + 6 * (m + 1) + 2 * (m + 1) ** 2
+    assert 1 + 4 * m + m**2 <= np.iinfo(np.intc).max < 1 + 4 * (m + 1) + (m + 1) ** 2
+
+
+@pytest.mark.parametrize("m", [30, 70])
+def test_matrices_anywhere_in_memory_are_overwritten(m):
+    given = gram(2, m).float()
+    matrix = torch.stack([given, given], -1)[..., 1]
+    vectors = eigh_all({"strided": matrix}, Ranks())["strided"][1]
+    assert vectors is matrix
+    assert error(vectors.mT @ vectors, torch.eye(m).expand(2, m, m)) < 1e-6
+    assert (
+        error(vectors.mT @ given @ vectors, torch.linspace(1, 2, m).diag().expand(2, m, m)) < 1e-5
+    )
+
+
+def test_no_convergence_is_told_and_leaves_the_threads_as_they_were(monkeypatch):
+    found = lapack._routine
+
+    def fail(*arguments):
+        arguments[-1]._obj.value = 3
+
+    monkeypatch.setattr(
+        lapack, "_routine", lambda name, number: fail if name == "dstedc" else found(name, number)
+    )
+    before = torch.get_num_threads(), [pool["num_threads"] for pool in threadpool_info()]
+    with pytest.raises(np.linalg.LinAlgError, match=r"dstedc did not converge \(info=3\)"):
+        eigh_all({"a": gram(70), "b": gram(80), "c": gram(65)}, Ranks())
+    assert before == (torch.get_num_threads(), [pool["num_threads"] for pool in threadpool_info()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

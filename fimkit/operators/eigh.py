@@ -5,7 +5,7 @@ On CPU they are made in as little memory as LAPACK takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -51,8 +51,9 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         In columns.
     """
     if matrix.device.type == "cpu":
+        wide = matrix.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         with _threads(torch.get_num_threads()):
-            return _on_cpu(matrix)
+            return _overwrite(wide), wide
     wide = matrix.to(accumulation_dtype(matrix.device))
     try:
         eigenvalues, vectors = torch.linalg.eigh(wide)
@@ -113,20 +114,21 @@ def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     """Eigendecompose matrices, on CPU each on one thread, and overwrite them."""
     solved: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def overwrite(name: str, found: tuple[Tensor, Tensor]) -> None:
-        matrix, (eigenvalues, vectors) = matrices[name], found
-        torch.hardshrink(matrix.copy_(vectors), _NOTHING, out=matrix)
+    def solve(name: str, overwrite: Callable[[Tensor], Tensor]) -> None:
+        matrix = matrices[name]
+        eigenvalues = overwrite(matrix)
+        torch.hardshrink(matrix, _NOTHING, out=matrix)
         solved[name] = eigenvalues.to(matrix.dtype), matrix
 
     if any(matrix.device.type != "cpu" for matrix in matrices.values()):
-        for name, matrix in matrices.items():
-            overwrite(name, eigh(matrix))
+        for name in matrices:
+            solve(name, _replace)
         return solved
     waiting = iter(sorted(matrices, key=lambda name: -matrices[name].shape[-1]))
 
     def work() -> None:
         for name in waiting:
-            overwrite(name, _on_cpu(matrices[name]))
+            solve(name, _overwrite)
 
     # This thread works as well: what the allocator keeps of another one's memory, it cannot reuse.
     threads = torch.get_num_threads()
@@ -148,16 +150,24 @@ def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     return solved
 
 
-def _on_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    wide = matrix.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    m = wide.shape[-1]
+def _replace(matrix: Tensor) -> Tensor:
+    """Overwrite matrices on any device, their eigenvectors made apart, and return eigenvalues."""
+    eigenvalues, vectors = eigh(matrix)
+    matrix.copy_(vectors)
+    return eigenvalues
+
+
+def _overwrite(matrix: Tensor) -> Tensor:
+    """Overwrite matrices on CPU by their eigenvectors, in columns, and return eigenvalues."""
+    m = matrix.shape[-1]
     if _SMALLEST <= m <= LARGEST:
-        values, vectors = wide.new_empty(wide.shape[:-1]), wide.mT
-        for found, each in zip(values.view(-1, m), wide.view(-1, m, m), strict=True):
-            found.copy_(torch.from_numpy(eigh_in_place(each.numpy())))
+        eigenvalues = matrix.new_empty(matrix.shape[:-1], dtype=torch.float64)
+        for index in np.ndindex(matrix.shape[:-2]):
+            eigenvalues[index] = torch.from_numpy(eigh_in_place(matrix[index].numpy()))
     else:
-        values, vectors = map(torch.from_numpy, np.linalg.eigh(wide.numpy()))
-    return values.clamp_(min=0), vectors
+        eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.double().numpy()))
+        matrix.copy_(vectors)
+    return eigenvalues.clamp_(min=0)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""LAPACK's divide-and-conquer eigensolver, in the memory of the matrix.
+"""LAPACK's divide-and-conquer eigensolver, in two squares of float64 and the matrix's memory.
 
-NumPy, SciPy and PyTorch copy the matrix once or twice on the way to it, and SciPy holds the
-interpreter's lock meanwhile, so that matrices cannot be decomposed side by side. The routine is
-SciPy's, by the pointer that ``scipy.linalg.cython_lapack`` publishes for other languages.
+NumPy, SciPy and PyTorch take three squares or more, and SciPy holds the interpreter's lock
+meanwhile, so that matrices cannot be decomposed side by side. The routines are SciPy's, by the
+pointers that ``scipy.linalg.cython_lapack`` publishes for other languages.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,18 +20,21 @@ from scipy.linalg import cython_lapack
 __all__ = ["LARGEST", "eigh_in_place"]
 
 #: The most rows whose workspace a 32-bit integer can count.
-LARGEST = 32_766
+LARGEST = 46_338
 
 
-def eigh_in_place(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Eigendecompose a symmetric matrix, and overwrite it by its eigenvectors, in rows.
+def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Eigendecompose a matrix in float64, and overwrite it by its eigenvectors, in columns.
 
-    Other threads run meanwhile. It takes a workspace of twice the matrix.
+    Other threads run meanwhile. The steps are those of LAPACK's ``dsyevd``, which keeps the
+    reflectors of the first in a square of their own until the last needs them; here they wait in
+    the memory of the matrix, where that is contiguous.
 
     Parameters
     ----------
     matrix : ndarray of shape (m, m)
-        Contiguous, of at most `LARGEST` rows; only its lower triangle is read.
+        In float32 or float64, symmetric and positive semi-definite, of at least 3 and at most
+        `LARGEST` rows; only its lower triangle is read.
 
     Returns
     -------
@@ -40,37 +44,59 @@ def eigh_in_place(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     Raises
     ------
     numpy.linalg.LinAlgError
-        If the iteration does not converge.
+        If the iteration does not converge. The matrix is lost.
     """
     m = len(matrix)
-    eigenvalues = np.empty(m)
-    work = np.empty(1 + 6 * m + 2 * m * m)
+    work, vectors = np.empty(1 + 4 * m + m * m), np.empty((m, m))
+    square = work[: m * m].reshape(m, m)
+    values, beside, scales = np.empty((3, m))
     integers = np.empty(3 + 5 * m, np.intc)
+
+    # Numbers around one neither overflow nor vanish when they are squared. The largest is on the
+    # diagonal; dividing by a power of two is exact.
+    unit = 2.0 ** (math.frexp(matrix.diagonal().max())[1] - 1)
+    np.divide(matrix, unit, out=square, dtype=np.float64)
+    kept = _float64_within(matrix, m * (m - 1) // 2)
+
+    # By columns, as LAPACK sees the square, its lower triangle is the upper one ("U"), and its
+    # second row begins what is above the diagonal: the reflectors.
+    _call("dsytrd", b"U", m, square, m, values, beside, scales, vectors, m * m)
+    _call("dtrttp", b"U", m - 1, square[1:], m, kept)
+    _call("dstedc", b"I", m, values, beside, vectors, m, work, len(work), integers, len(integers))
+    _call("dtpttr", b"U", m - 1, kept, square[1:], m)
+    _call("dormtr", b"L", b"U", b"N", m, m, square, m, scales, vectors, m, kept, len(kept))
+    matrix[...] = vectors.T
+    return values * unit
+
+
+def _float64_within(matrix: npt.NDArray[np.floating], number: int) -> npt.NDArray[np.float64]:
+    """Return so many numbers in the memory of a matrix, from an address that suits them."""
+    memory = matrix.ravel().view(np.uint8)
+    start = -memory.ctypes.data % np.dtype(np.float64).alignment
+    return memory[start:][: 8 * number].view(np.float64)
+
+
+def _call(name: str, *arguments: bytes | int | npt.NDArray[Any]) -> None:
+    """Call a routine, which takes addresses only, the last of them to tell of failure."""
     info = ctypes.c_int()
-    _dsyevd()(
-        b"V",
-        b"U",  # by columns, as LAPACK sees the matrix, its lower triangle is the upper one
-        ctypes.byref(ctypes.c_int(m)),
-        matrix.ctypes.data,
-        ctypes.byref(ctypes.c_int(m)),
-        eigenvalues.ctypes.data,
-        work.ctypes.data,
-        ctypes.byref(ctypes.c_int(len(work))),
-        integers.ctypes.data,
-        ctypes.byref(ctypes.c_int(len(integers))),
-        ctypes.byref(info),
-    )
+    _routine(name, len(arguments) + 1)(*map(_address, arguments), ctypes.byref(info))
     if info.value:
-        raise np.linalg.LinAlgError(f"LAPACK's dsyevd did not converge (info={info.value})")
-    return eigenvalues
+        raise np.linalg.LinAlgError(f"LAPACK's {name} did not converge (info={info.value})")
+
+
+def _address(argument: bytes | int | npt.NDArray[Any]) -> Any:
+    if isinstance(argument, bytes):
+        return argument
+    if isinstance(argument, int):
+        return ctypes.byref(ctypes.c_int(argument))
+    return argument.ctypes.data
 
 
 @cache
-def _dsyevd() -> Callable[..., Any]:
-    """Return the routine, which takes addresses only."""
-    capsule = cython_lapack.__pyx_capi__["dsyevd"]
+def _routine(name: str, arguments: int) -> Callable[..., Any]:
+    capsule = cython_lapack.__pyx_capi__[name]
     name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     pointer = pointer_of(capsule, name_of(capsule))
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 11)(pointer)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer)

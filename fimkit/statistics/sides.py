@@ -1,8 +1,7 @@
 """Means of outer products, and products with bases, for tensors of per-example positions.
 
 Tensors here are ``(groups, n, T, m)``: T positions of n examples. A convolution's lie in memory
-with positions fastest, and stay so: a product per example takes them as they are, where one product
-over all positions would have to transpose them first.
+with positions fastest, and stay so.
 
 Their last column may come apart, ``(groups, n, T, 1)``: a bias's ones, which are then not copied
 beside the inputs.
@@ -120,18 +119,15 @@ class Side:
             self._add_products(*(columns.transpose(0, 1)[:, :, None] for columns in rows))
 
     def _add_products(self, vectors: Tensor, *last: Tensor) -> None:
-        size = vectors.shape[3]
+        size, flat = vectors.shape[3], _flat(vectors)
         total = self._sum[:, :size, :size]
         if len(vectors) > 1:
-            flat = vectors.flatten(1, 2)
             total.baddbmm_(flat.mT, flat)
         else:
-            per_example = _positions_fastest(vectors) and vectors.device.type == "cpu"
-            flat = vectors[0] if per_example else vectors[0].flatten(0, 1)[None]
             add_products(total[0], flat, flat)
         for column in last:
             # Several times faster than the transpose of this product.
-            border = column.flatten(1, 2).mT @ vectors.flatten(1, 2)
+            border = column.flatten(1, 2).mT @ flat
             self._sum[:, :size, size:] += border.mT
             self._sum[:, size:, size:] += column.square().sum((1, 2))[:, :, None]
 
@@ -181,18 +177,25 @@ def rotate(basis: Tensor | None, vectors: Tensor, *last: Tensor) -> Tensor:
     """
     if basis is None:
         return torch.cat((vectors, *last), 3)
-    rows = basis[:, : vectors.shape[3]]
-    shape = *vectors.shape[:3], basis.shape[2]
-    if len(basis) > 1:
-        rotated = (vectors.flatten(1, 2) @ rows).view(shape)
-    elif _positions_fastest(vectors):
-        bases = rows[0].T.expand(vectors.shape[1], -1, -1)
-        rotated = torch.bmm(bases, vectors[0].mT).mT[None]
+    rows, flat = basis[:, : vectors.shape[3]], _flat(vectors)
+    if _positions_fastest(vectors):
+        turned = (rows.mT @ flat.mT).view(len(rows), -1, *vectors.shape[1:3])
+        rotated = turned.permute(0, 2, 3, 1)
     else:
-        rotated = (vectors[0].flatten(0, 1) @ rows[0]).view(shape)
+        rotated = (flat @ rows).view(len(rows), *vectors.shape[1:3], -1)
     for column in last:
         rotated.addcmul_(column, basis[:, None, -1:])
     return rotated
+
+
+def _flat(vectors: Tensor) -> Tensor:
+    """Return ``(groups, n * T, m)`` vectors in the order of their memory, copied only if need be.
+
+    A product of all examples' positions is faster than one of each example's by more than a copy.
+    """
+    if _positions_fastest(vectors):
+        return vectors.permute(0, 3, 1, 2).flatten(2).mT
+    return vectors.flatten(1, 2)
 
 
 def _positions_fastest(vectors: Tensor) -> bool:

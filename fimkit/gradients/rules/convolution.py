@@ -66,19 +66,19 @@ class ConvolutionUse(MatrixUse):
         self.lead = tuple(output.shape[:1]) if self._batched else ()
 
     def inputs(self, examples: Examples, constant: float | None = None) -> tuple[Tensor, ...]:
-        """Return the patches, shape ``(m, T, groups, in)``, positions fastest in memory."""
+        """Return the patches, shape ``(m, T, groups, in)``, positions of all fastest in memory."""
         x = examples.split(self.x, self.lead)
         m, calls = x.shape[:2]
         windows = self._windows(F.pad(x.flatten(0, 1), self._padding))
         groups, size = self.layout.groups, self.layout.in_
         positions = math.prod(windows.shape[-len(self._kernel) :])
         # One copy, constant included: several times faster than torch's unfold.
-        patches = x.new_empty((m * calls, groups, size + (constant is not None), positions))
+        patches = x.new_empty((groups, size + (constant is not None), m * calls, positions))
         if constant is not None:
-            patches[:, :, -1] = constant
-        patches[:, :, :size].view(-1, groups, *windows.shape[2:]).copy_(windows)
-        patches = patches.view(m, calls, *patches.shape[1:])
-        return (patches.permute(0, 1, 4, 2, 3).flatten(1, 2),)
+            patches[:, -1] = constant
+        windows = windows.movedim(0, -1 - len(self._kernel))
+        patches[:, :size].view(windows.shape).copy_(windows)
+        return (patches.view(*patches.shape[:2], m, calls * positions).permute(2, 3, 0, 1),)
 
     def _windows(self, x: Tensor) -> Tensor:
         """View padded inputs as ``(N, groups, channels, *kernel, *positions)``."""
