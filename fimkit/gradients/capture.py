@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fimkit.gradients.ownership import version
 from fimkit.gradients.rules import ENTERED, RULES, EmbeddingUse, ParameterIndex, Use
-from fimkit.gradients.steady import Movements
+from fimkit.gradients.steady import is_steady
 from fimkit.gradients.tables import refuse_bounding
 
 __all__ = ["Capture"]
@@ -40,8 +40,8 @@ class Capture(TorchFunctionMode):
     dtypes : set of torch.dtype
         What was computed in, of all that carries gradient: casts of the model's own (norms in
         float32, as many language models have them) and autocasting show here.
-    movements : Movements
-        What the calls seen may do to the places of examples.
+    steady : bool
+        Whether no call seen can move examples as the numbers in the batch say.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], restored: Collection[int] = ()) -> None:
@@ -50,7 +50,7 @@ class Capture(TorchFunctionMode):
         self.uses: list[Use] = []
         self.detached: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
-        self.movements = Movements()
+        self.steady = True
         self._index = ParameterIndex(parameters)
 
     def __torch_function__(
@@ -68,7 +68,7 @@ class Capture(TorchFunctionMode):
         rule = RULES.get(func)
         use = None if rule is None else rule.match(self._index, *args, **kwargs)
         output = func(*args, **kwargs)
-        self.movements.follow(func, args, kwargs, output)
+        self.steady = self.steady and is_steady(func, args, kwargs)
         if isinstance(output, Tensor) and output.requires_grad:
             self.dtypes.add(output.dtype)
         if use is None:

@@ -29,10 +29,9 @@ from fimkit.gradients.objective import Objective
 from fimkit.gradients.ownership import owned, version
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
-from fimkit.gradients.steady import Crossing
 from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
-from fimkit.gradients.verification import RandomSum, examples_apart, graph_shape, still_fit
+from fimkit.gradients.verification import RandomSum, graph_shape, still_fit
 from fimkit.losses import Uniforms
 from fimkit.losses.failures import explained
 from fimkit.operators import Columns
@@ -50,8 +49,7 @@ class _Pass:
     """One forward pass: the scalars, by column and stacked, and what was captured on the way.
 
     The precision is the coarsest dtype that it computed in; overwritten are parameters of calls
-    whose inputs were written to later in the pass. The movements are the key of what calls may do
-    to the places of examples, None if anything; the crossings are where gradients tell.
+    whose inputs were written to later in the pass.
     """
 
     batch: Any
@@ -64,8 +62,7 @@ class _Pass:
     overwritten: set[str]
     graph: frozenset[tuple[Any, int]]
     precision: torch.dtype
-    movements: Any
-    crossings: list[Crossing]
+    steady: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,7 +71,7 @@ class _Pass:
 
     def release(self) -> None:
         """Let the graph go, and own what is kept of the calls, as the model may run again."""
-        self.scalars, self.columns, self.crossings = self.scalars.detach(), (), []
+        self.scalars, self.columns = self.scalars.detach(), ()
         for use in self.uses:
             del use.edge
         for use, x in zip(self.uses, owned([use.x for use in self.uses]), strict=True):
@@ -96,14 +93,12 @@ class _Pass:
 class _Found(NamedTuple):
     """Where the examples of each call are.
 
-    Proven where the batch had any gradient at all. They stay there in other batches of the same
-    movements, which are None where they have to be looked for again: where numbers may move them,
-    or a call had no gradient to tell.
+    Guessed where a call had no gradient to tell, proven where the batch had any at all.
     """
 
     layouts: list[BatchLayout | None]
+    guessed: bool
     proven: bool
-    movements: Any
 
 
 class GradientEngine:
@@ -190,19 +185,14 @@ class GradientEngine:
         run = self._forward(batch, uniforms)
         self._fallback.shared.meet(tensors(batch), run.shape[0])
         known = self._found.get(run.key) if run.overwritten <= self._fallback_names else None
-        certain = known is not None and None is not known.movements == run.movements
-        steady = False
+        certain = known is not None and run.steady and not known.guessed
         try:
             signals = self._signals(run, keep_graph=not certain)
             found: _Found | RandomSum
-            if known is not None and (certain or _still_fits(known, run, signals)):
+            if known is not None and (certain or self._still_fits(known, run, signals)):
                 found = known
             else:
-                tracked = self._parameters
-                steady = run.movements is not None and examples_apart(
-                    run.scalars, run.crossings, list(tracked.values()), run.precision
-                )
-                found = RandomSum(run.scalars, run.uses, signals, tracked, run.precision)
+                found = RandomSum(run.scalars, run.uses, signals, self._parameters, run.precision)
         except RuntimeError as error:  # autograd's, which needs the inputs as well
             if not run.overwritten:
                 raise
@@ -216,7 +206,7 @@ class GradientEngine:
             # Checks run the model again; where it draws random numbers, a second pass, which needs
             # no checks, is to meet the same.
             with RandomStates():
-                found = self._verify(run, signals, found, steady=steady)
+                found = self._verify(run, signals, found)
             if found.proven:
                 self._found[run.key] = found
         return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
@@ -292,8 +282,7 @@ class GradientEngine:
             {name for use in changed for name in use.names},
             graph,
             precision,
-            capture.movements.key(len(scalars)),
-            capture.movements.crossings,
+            capture.steady,
         )
 
     def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
@@ -323,13 +312,16 @@ class GradientEngine:
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _verify(
-        self, run: _Pass, signals: list[Tensor | None], check: RandomSum, *, steady: bool
-    ) -> _Found:
+    def _still_fits(self, found: _Found, run: _Pass, signals: list[Tensor | None]) -> bool:
+        """Whether layouts of another batch hold in this one: data may decide where examples are."""
+        located = _locate(run, signals, found.layouts)
+        calls = [(item.use, item.signals, item.layout) for item in located]
+        return still_fit(run.scalars, calls, self._parameters, run.precision)
+
+    def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> _Found:
         """Find where the examples are in each call, and check every parameter's rows.
 
-        Parameters that fail move to the fallback, which must pass the same check. Steady says
-        that nothing but the batch's movements can move the examples.
+        Parameters that fail move to the fallback, which must pass the same check.
         """
         check.refuse_infinite()
         layouts = check.layouts
@@ -361,8 +353,7 @@ class GradientEngine:
         for name, parameter in self._parameters.items():
             if name in ways and id(parameter) in reached:
                 self.coverage[name] = ways[name]
-        certain = steady and not check.guessed
-        return _Found(layouts, check.tells, run.movements if certain else None)
+        return _Found(layouts, check.guessed, check.tells)
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""
@@ -455,13 +446,6 @@ def _stack(values: tuple[Tensor | None, ...]) -> Tensor | None:
         return given[0][None]
     zero = torch.zeros_like(given[0])
     return torch.stack([zero if value is None else value for value in values])
-
-
-def _still_fits(found: _Found, run: _Pass, signals: list[Tensor | None]) -> bool:
-    """Whether layouts of another batch hold in this one: the data may decide where examples are."""
-    located = _locate(run, signals, found.layouts)
-    calls = [(item.use, item.signals, item.layout) for item in located]
-    return still_fit(run.scalars, calls, run.precision)
 
 
 def _locate(

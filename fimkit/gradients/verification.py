@@ -16,10 +16,9 @@ from fimkit.exceptions import IFVPUsageError
 from fimkit.gradients.groups import BatchGradients, GroupGradients
 from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
-from fimkit.gradients.steady import Crossing
 from fimkit.operators.memory import float32_is_exact
 
-__all__ = ["RandomSum", "examples_apart", "graph_shape", "same_scalars", "still_fit"]
+__all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -29,6 +28,7 @@ _COARSE_TOLERANCE = 5e-2
 def still_fit(
     scalars: Tensor,
     calls: Sequence[tuple[Use, Tensor, BatchLayout]],
+    parameters: Mapping[str, Tensor],
     precision: torch.dtype,
 ) -> bool:
     """Whether layouts that were found in other batches hold in this one.
@@ -41,6 +41,8 @@ def still_fit(
     scalars : Tensor of shape (B, c)
     calls : sequence of (Use, Tensor, BatchLayout)
         Calls with their signals ``(c, *output shape)``.
+    parameters : mapping of str to Tensor
+        The tracked parameters.
     precision : torch.dtype
         As for `RandomSum`.
     """
@@ -51,14 +53,10 @@ def still_fit(
     if not calls:
         return True
     coefficients = _coefficients(scalars)
-    edges = [use.edge for use, _, _ in calls]
-    found = torch.autograd.grad(
-        (coefficients * scalars).sum(), edges, retain_graph=True, allow_unused=True
-    )
     fitting = []
-    for observed, (use, signals, layout) in zip(found, calls, strict=True):
-        if observed is None:
-            continue
+
+    def look(i: int, observed: Tensor) -> None:
+        use, signals, layout = calls[i]
         tolerance = max(_tolerance(d) for d in {observed.dtype, precision})
         direction = _direction(observed, len(use.lead))
         one, *each = (
@@ -68,57 +66,32 @@ def still_fit(
         weights = coefficients.to(signals)
         other = sum(signal * weights[:, j, None] for j, signal in enumerate(each))
         fitting.append(((one - other).norm() <= tolerance * one.norm()).to(scalars.device))
+
+    # A bias's gradient costs little, and leads past its call; other calls' gradients are kept.
+    biases = [
+        next((name for name in use.names if parameters[name].ndim <= 1), None)
+        for use, _, _ in calls
+    ]
+    past = [i for i, name in enumerate(biases) if name is not None]
+    kept = [i for i, name in enumerate(biases) if name is None]
+    edges = [use.edge for use, _, _ in calls]
+    inputs = [parameters[name] for name in dict.fromkeys(biases) if name is not None]
+    gradients = _watched_gradients(
+        (coefficients * scalars).sum(),
+        [*(edges[i] for i in kept), *inputs],
+        {i: edges[i] for i in past},
+        look,
+    )
+    for i, gradient in zip(kept, gradients, strict=False):
+        if gradient is not None:
+            look(i, gradient)
     return not fitting or bool(torch.stack(fitting).all())
-
-
-def examples_apart(
-    scalars: Tensor,
-    crossings: Sequence[Crossing],
-    parameters: Sequence[Tensor],
-    precision: torch.dtype,
-) -> bool:
-    """Whether gradients tell of all tensors that no examples lie along the dimensions crossed.
-
-    At every position the gradients of two random sums, over examples and not, must be the same but
-    for its example's coefficient, for examples along one dimension and no other.
-
-    Parameters
-    ----------
-    scalars : Tensor of shape (B, c)
-    crossings : sequence of Crossing
-    parameters : sequence of Tensor
-        The tracked parameters.
-    precision : torch.dtype
-        As for `RandomSum`.
-    """
-    if len(scalars) == 1:
-        return True
-    sums = scalars @ _coefficients(scalars[0])
-    coefficients = _coefficients(sums[:, None])
-    edges = [crossing.edge for crossing in crossings]
-    along: list[dict[int, Tensor]] = []
-    for weights in (torch.ones_like(sums), coefficients[:, 0]):
-        along.append({})
-
-        def look(i: int, gradient: Tensor) -> None:
-            lead = max(gradient.ndim - 1, 1)
-            along[-1][i] = gradient.reshape(*gradient.shape[:lead], -1) @ _direction(gradient, lead)
-
-        _watched_gradients(weights @ sums, parameters, edges, look)
-    for i, crossing in enumerate(crossings):
-        one, other = (each.get(i) for each in along)
-        if one is None or other is None or not _norm(other):
-            return False
-        found = _fitting(tuple(one.shape), other, one[None], coefficients, precision)
-        if len(found) != 1 or found[0][1].axis in crossing.dims:
-            return False
-    return True
 
 
 def _watched_gradients(
     total: Tensor,
-    inputs: Sequence[Tensor],
-    edges: Sequence[GradientEdge],
+    inputs: Sequence[Any],
+    edges: Mapping[int, GradientEdge],
     look: Callable[[int, Tensor], None],
 ) -> tuple[Tensor | None, ...]:
     """Differentiate a sum, and let ``look(i, gradient)`` see that at each edge, on the way only."""
@@ -131,7 +104,7 @@ def _watched_gradients(
 
         return edge.node.register_prehook(meet)
 
-    handles = [watch(i, edge) for i, edge in enumerate(edges)]
+    handles = [watch(i, edge) for i, edge in edges.items()]
     try:
         return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
     finally:
@@ -240,7 +213,7 @@ class RandomSum:
                 self.layouts[i] = self._likeliest(uses[i])
 
         total = (self.coefficients * scalars).sum()
-        edges = [use.edge for use in uses]
+        edges = {i: use.edge for i, use in enumerate(uses)}
         gradients = _watched_gradients(total, list(parameters.values()), edges, look)
         self._total = total.detach()
         self._parameters = {
