@@ -282,7 +282,7 @@ class GradientEngine:
             {name for use in changed for name in use.names},
             graph,
             precision,
-            capture.steady,
+            capture.steady and _all_are_torch_functions(graph),
         )
 
     def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
@@ -429,6 +429,11 @@ class GradientEngine:
                 continue
             out.append(GroupGradients(group, columns, run.shape, self._like, calls, rows))
         return BatchGradients(out, self._space.size, run.scalars.detach(), run.weights, run.mask)
+
+
+def _all_are_torch_functions(graph: frozenset[tuple[Any, int]]) -> bool:
+    """Whether no node of the graph is of a function of the user's own, which is called unseen."""
+    return all(not isinstance(name, str) or name[-1].isdigit() for name, _ in graph)
 
 
 def _padding_mask(batch: Any) -> Tensor | None:
