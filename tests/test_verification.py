@@ -487,10 +487,28 @@ def by_a_function_of_its_own(h, k):
     return pick(h, ROLLED[k]), lambda h: pick(h, ROLLED_BACK[k])
 
 
+SCRIPTED = torch.jit.trace(lambda h, indices: h[indices], (torch.ones(6, 4), torch.arange(6)))
+
+
+def by_a_scripted_function(h, k):
+    return SCRIPTED(h, ROLLED[k]), lambda h: SCRIPTED(h, ROLLED_BACK[k])
+
+
+MATRICES = [torch.eye(6, dtype=torch.float64).roll(k, 0)[:, :, None] for k in range(3)]
+MATRICES_BACK = [matrix.transpose(0, 1).contiguous() for matrix in MATRICES]
+
+
+def by_repetition(h, k):
+    """All examples for each, all but one times zero."""
+    return (h * MATRICES[k]).sum(1), lambda h: (h * MATRICES_BACK[k]).sum(1)
+
+
 @pytest.mark.parametrize(
     "move",
     [
         by_a_function_of_its_own,
+        by_a_scripted_function,
+        by_repetition,
         by_slices,
         by_parts,
         by_shapes,
@@ -584,15 +602,29 @@ def test_places_that_are_chosen_by_numbers_from_those_that_shapes_give(kind):
     assert distance(Explicit().fit(model, split(batch, 12, 6)), rows) <= 1e-12
 
 
-@pytest.mark.parametrize("mix", [torch.sum, torch.mean])
+MEANS, VARIANCES = torch.zeros(4), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h.sum(0),
+        lambda h: h.mean(0),
+        lambda h: F.layer_norm(h, tuple(h.shape)),
+        lambda h: F.batch_norm(h, MEANS, VARIANCES, training=True),
+        lambda h: F.mse_loss(h, 0 * h),
+        lambda h: F.cross_entropy(h, 0.25 + 0 * h),
+    ],
+    ids=["sum", "mean", "layer norm", "batch norm", "mean square", "cross-entropy"],
+)
 def test_examples_that_numbers_mix_in_a_later_batch(mix):
     def forward(self, x, gates):
-        h = self.first(x).tanh()
-        return self.second(h + gates[:, None] * mix(h, 0))
+        h = self.first(x)
+        return self.second(h + gates * mix(h))
 
     model = Apply(forward, first=nn.Linear(5, 4), second=nn.Linear(4, 3))
     x, y = torch.randn(12, 5), torch.arange(12) % 3
-    gates = torch.arange(2.0).repeat_interleave(6)
+    gates = torch.arange(2.0).repeat_interleave(6)[:, None]
     with pytest.raises(IFVPUsageError, match="batch 1: the gradients of single examples do not"):
         Explicit().fit(model, split((x, gates, y), 12, 6))
 

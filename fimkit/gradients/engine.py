@@ -29,6 +29,7 @@ from fimkit.gradients.objective import Objective
 from fimkit.gradients.ownership import owned, version
 from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
+from fimkit.gradients.steady import are_steady
 from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
 from fimkit.gradients.verification import RandomSum, graph_shape, still_fit
@@ -241,7 +242,7 @@ class GradientEngine:
                 labels = self._objective.labels(outputs, batch, uniforms)
                 with capture:
                     columns, weights, mask = self._objective.columns(outputs, labels)
-                    scalars = torch.stack(tuple(columns), 1)
+                scalars = torch.stack(tuple(columns), 1)
         except Exception as error:
             if self._found:
                 raise
@@ -282,7 +283,7 @@ class GradientEngine:
             {name for use in changed for name in use.names},
             graph,
             precision,
-            capture.steady and _all_are_torch_functions(graph),
+            capture.steady and are_steady(dict(graph)),
         )
 
     def _refuse_foreign(self, graph: frozenset[tuple[Any, int]]) -> None:
@@ -429,11 +430,6 @@ class GradientEngine:
                 continue
             out.append(GroupGradients(group, columns, run.shape, self._like, calls, rows))
         return BatchGradients(out, self._space.size, run.scalars.detach(), run.weights, run.mask)
-
-
-def _all_are_torch_functions(graph: frozenset[tuple[Any, int]]) -> bool:
-    """Whether no node of the graph is of a function of the user's own, which is called unseen."""
-    return all(not isinstance(name, str) or name[-1].isdigit() for name, _ in graph)
 
 
 def _padding_mask(batch: Any) -> Tensor | None:

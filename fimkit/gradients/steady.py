@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,25 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimkit.gradients.rules import RULES
+from fimkit.gradients.tree import tensors
 
-__all__ = ["is_steady"]
+__all__ = ["are_steady", "is_steady"]
+
+_Function = Callable[..., Any]
 
 _METADATA = [
     getattr(Tensor, name).__get__
     for name in ("device", "dtype", "is_cuda", "is_nested", "layout", "ndim", "shape")
 ]
-_OF_TENSORS = ["contiguous", "dim", "double", "flatten", "float", "long", "size", "to"]
+_OF_TENSORS = ["contiguous", "dim", "double", "flatten", "float", "long", "size", "sum", "to"]
 _POINTWISE = """abs add div exp log mul neg pow relu sigmoid sqrt square sub tanh"""
 _FUNCTIONAL = """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d alpha_dropout
-    avg_pool1d avg_pool2d batch_norm binary_cross_entropy_with_logits celu cross_entropy dropout
-    dropout1d dropout2d elu gelu glu group_norm hardsigmoid hardswish hardtanh layer_norm leaky_relu
-    logsigmoid max_pool1d max_pool2d mish mse_loss relu relu6 selu sigmoid silu softplus softsign
+    avg_pool1d avg_pool2d celu dropout dropout1d dropout2d elu gelu hardsigmoid hardswish hardtanh
+    leaky_relu logsigmoid max_pool1d max_pool2d mish relu relu6 selu sigmoid silu softplus softsign
     tanh
 """
 
 #: Beside those that captured calls are read of, which depends on their arguments.
-_STEADY: frozenset[Callable[..., Any]] = frozenset(
+_STEADY: frozenset[_Function] = frozenset(
     [
         *_METADATA,
         *(getattr(Tensor, name) for name in _OF_TENSORS),
@@ -36,22 +40,60 @@ _STEADY: frozenset[Callable[..., Any]] = frozenset(
         *(getattr(Tensor, f"__{name}__") for name in ("add", "mul", "neg", "sub", "truediv")),
         *(getattr(Tensor, f"{name}_") for name in ("add", "mul", "relu", "sub")),
         *(getattr(F, name) for name in _FUNCTIONAL.split()),
-        Tensor.sum,
         torch.relu_,
         torch.flatten,
-        torch.stack,
     ]
 )
 
+#: Losses, which are of single examples where nothing is reduced.
+_LOSSES = {
+    function: inspect.signature(function)
+    for function in (F.binary_cross_entropy_with_logits, F.cross_entropy, F.mse_loss)
+}
 
-def is_steady(function: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
+# Nodes of the graph that these functions, and maps by parameters, leave there.
+_NODES = """
+    Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Addmm AvgPool2D BinaryCrossEntropyWithLogits Celu
+    Clone Convolution CudnnBatchNorm Div Elu Embedding Exp Gelu Hardsigmoid Hardswish Hardtanh
+    LeakyRelu Log LogSigmoid LogSoftmax MaxPool2DWithIndices Mean Mish MkldnnConvolution Mm MseLoss
+    Mul NativeBatchNorm NativeDropout NativeGroupNorm NativeLayerNorm Neg NllLoss NllLoss2D Pow Relu
+    ReshapeAlias Sigmoid Silu Softplus Sqrt Squeeze Stack Sub Sum T Tanh ToCopy UnsafeView Unsqueeze
+    View
+"""
+
+
+def is_steady(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call's shapes alone decide which example each number of its result belongs to.
 
-    So it is for pointwise functions, pooling, norms and losses, and for maps by parameters.
-    Indexing, sorting, products of two activations and all that is not known are not.
+    So it is for pointwise functions, sums, pooling, losses, and maps by parameters. Indexing,
+    sorting, products of two activations and all that is not known are not; nor are pointwise
+    functions that repeat an activation along the first dimension, as what is of all examples would.
     """
+    if function in _LOSSES:
+        call = _LOSSES[function].bind(*args, **kwargs)
+        call.apply_defaults()
+        legacy = call.arguments["size_average"], call.arguments["reduce"]
+        return call.arguments["reduction"] == "none" and legacy == (None, None)
+    if function is F.batch_norm:
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        return not training
+    given = tensors((args, kwargs))
+    activations = [tensor for tensor in given if not isinstance(tensor, nn.Parameter)]
     if function in _STEADY:
-        return True
-    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    activations = sum(not isinstance(value, nn.Parameter) for value in given)
-    return function in RULES and activations <= 1
+        return len({(t.ndim, t.shape[0]) for t in activations if t.ndim}) <= 1
+    return function in RULES and len(activations) <= 1 and len(activations) < len(given)
+
+
+def are_steady(nodes: Iterable[Any]) -> bool:
+    """Whether a graph's nodes are of such functions only.
+
+    Others come of calls that are not watched, as in scripted functions and in a user's own.
+
+    Parameters
+    ----------
+    nodes : iterable
+        Their names, among others that are no strings.
+    """
+    known = _NODES.split()
+    names = (re.fullmatch(r"(\w+)Backward\d", node) for node in nodes if isinstance(node, str))
+    return all(name is not None and name[1] in known for name in names)

@@ -181,9 +181,11 @@ class RandomSum:
     Attributes
     ----------
     layouts : list of BatchLayout or None
-        Of each call, where each position answers to one example's scalars only; None if nowhere.
+        Of each call, where each position answers to one example's scalars only: the gradient of
+        the random sum there is the same combination of that example's signals. None if nowhere.
     guessed : bool
-        Whether a layout that was found is only the likeliest, its call having had no gradient.
+        Whether a layout that was found is only the likeliest: its call had no gradient, or so few
+        that others fit as well.
     tells : bool
         Whether any parameter has a gradient, without which no check can fail.
     """
@@ -202,13 +204,17 @@ class RandomSum:
         self.layouts: list[BatchLayout | None] = [
             self._likeliest(use) or BatchLayout(None) for use in uses
         ]
-        met = set()
+        told = set()
 
         def look(i: int, observed: Tensor) -> None:
             signal = signals[i]
             if signal is not None and _norm(observed):
-                met.add(i)
-                self.layouts[i] = self._find(uses[i], signal, observed)
+                fitting = _fitting(
+                    uses[i].lead, observed, signal, self.coefficients, self._precision
+                )
+                self.layouts[i] = min(fitting, key=lambda item: item[0])[1] if fitting else None
+                if len(fitting) <= 1:
+                    told.add(i)
             elif signal is not None:
                 self.layouts[i] = self._likeliest(uses[i])
 
@@ -220,17 +226,8 @@ class RandomSum:
             name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
-        self.guessed = len(met) < len(uses)
+        self.guessed = len(told) < len(uses)
         self.tells = any(bool(gradient.any()) for gradient in self._parameters.values())
-
-    def _find(self, use: Use, signals: Tensor, observed: Tensor) -> BatchLayout | None:
-        """Return the layout under which each position answers to one example's scalars only.
-
-        At a position of example i the gradient of the random sum must be the same combination of
-        that example's signals; a wrong layout, or a position shared by examples, fails.
-        """
-        fitting = _fitting(use.lead, observed, signals, self.coefficients, self._precision)
-        return min(fitting, key=lambda item: item[0])[1] if fitting else None
 
     def _likeliest(self, use: Use) -> BatchLayout | None:
         """Return the layout of a call whose gradients cannot tell."""
