@@ -65,10 +65,10 @@ class Capture(TorchFunctionMode):
         if func in ENTERED:
             with self:
                 return ENTERED[func](*args, **kwargs)
+        self.steady = self.steady and is_steady(func, args, kwargs)
         rule = RULES.get(func)
         use = None if rule is None else rule.match(self._index, *args, **kwargs)
         output = func(*args, **kwargs)
-        self.steady = self.steady and is_steady(func, args, kwargs)
         if isinstance(output, Tensor) and output.requires_grad:
             self.dtypes.add(output.dtype)
         if use is None:

@@ -23,7 +23,7 @@ from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.independence import DEPENDENT, IndependenceCheck, unchecked
-from fimkit.gradients.layout import BatchLayout, repeats
+from fimkit.gradients.layout import BatchLayout
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.ownership import owned, version
@@ -83,12 +83,7 @@ class _Pass:
         """What checks hold for: the graph, and that a lone example fits every layout."""
         n = self.shape[0]
         leading = tuple(tensor.ndim > 0 and tensor.shape[0] == n for tensor in tensors(self.batch))
-        return (
-            n > 1,
-            self.graph,
-            leading,
-            tuple((use.key, repeats(use.lead, n)) for use in self.uses),
-        )
+        return n > 1, self.graph, leading, tuple((use.key, use.repeats(n)) for use in self.uses)
 
 
 class _Found(NamedTuple):

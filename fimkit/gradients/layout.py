@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["BatchLayout", "TokenLayout", "candidate_layouts", "repeats"]
+__all__ = ["BatchLayout", "TokenLayout", "candidate_layouts"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,3 @@ def candidate_layouts(lead: tuple[int, ...], batch: int) -> list[BatchLayout]:
         for inner in (False, True)
     ]
     return exact + merged
-
-
-def repeats(lead: tuple[int, ...], batch: int) -> tuple[float, ...]:
-    """Return the dimensions along which ``batch`` examples might lie, in multiples of them."""
-    return tuple(size / batch if size % batch == 0 else 0.0 for size in lead)

@@ -231,6 +231,10 @@ class Use(ABC):
         """Bytes that the use keeps."""
         return self.x.nbytes
 
+    def repeats(self, n: int) -> tuple[float, ...]:
+        """Return the leading dimensions by which n examples might lie, in multiples of n."""
+        return tuple(size / n if size % n == 0 else 0.0 for size in self.lead)
+
     @property
     def key(self) -> tuple[Any, ...]:
         """What has to stay the same for a layout found once to hold again."""
