@@ -609,13 +609,14 @@ MEANS, VARIANCES = torch.zeros(4), torch.ones(4)
     "mix",
     [
         lambda h: h.sum(0),
+        lambda h: h.sum(),
         lambda h: h.mean(0),
         lambda h: F.layer_norm(h, tuple(h.shape)),
         lambda h: F.batch_norm(h, MEANS, VARIANCES, training=True),
         lambda h: F.mse_loss(h, 0 * h),
         lambda h: F.cross_entropy(h, 0.25 + 0 * h),
     ],
-    ids=["sum", "mean", "layer norm", "batch norm", "mean square", "cross-entropy"],
+    ids=["sum", "sum of all", "mean", "layer norm", "batch norm", "mean square", "cross-entropy"],
 )
 def test_examples_that_numbers_mix_in_a_later_batch(mix):
     def forward(self, x, gates):

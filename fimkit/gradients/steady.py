@@ -80,7 +80,7 @@ def is_steady(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = tensors((args, kwargs))
     activations = [tensor for tensor in given if not isinstance(tensor, nn.Parameter)]
     if function in _STEADY:
-        return len({(t.ndim, t.shape[0]) for t in activations if t.ndim}) <= 1
+        return len({(t.ndim, *t.shape[:1]) for t in activations if t.ndim or t.requires_grad}) <= 1
     return function in RULES and len(activations) <= 1 and len(activations) < len(given)
 
 
