@@ -418,7 +418,7 @@ def shaped_as(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
             "output with every target)."
             + (" Give targets.unsqueeze(1)." if _lacks_channel(outputs, targets) else "")
         )
-    return targets.reshape(outputs.shape)
+    return targets if targets.shape == outputs.shape else targets.reshape(outputs.shape)
 
 
 def _lacks_channel(outputs: Tensor, targets: Tensor) -> bool:
