@@ -52,7 +52,7 @@ _LOSSES = {
 }
 
 # Nodes of the graph that these functions, and maps by parameters, leave there.
-_NODES = """
+_NODE_NAMES = """
     Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Addmm AvgPool2D BinaryCrossEntropyWithLogits Celu
     Clone Convolution CudnnBatchNorm Div Elu Embedding Exp Gelu Hardsigmoid Hardswish Hardtanh
     LeakyRelu Log LogSigmoid LogSoftmax MaxPool2DWithIndices Mean Mish MkldnnConvolution Mm MseLoss
@@ -60,6 +60,7 @@ _NODES = """
     ReshapeAlias Sigmoid Silu Softplus Sqrt Squeeze Stack Sub Sum T Tanh ToCopy UnsafeView Unsqueeze
     View
 """
+_NODES = frozenset(_NODE_NAMES.split())
 
 
 def is_steady(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -94,6 +95,5 @@ def are_steady(nodes: Iterable[Any]) -> bool:
     nodes : iterable
         Their names, among others that are no strings.
     """
-    known = _NODES.split()
     names = (re.fullmatch(r"(\w+)Backward\d", node) for node in nodes if isinstance(node, str))
-    return all(name is not None and name[1] in known for name in names)
+    return all(name is not None and name[1] in _NODES for name in names)

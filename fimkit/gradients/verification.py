@@ -68,18 +68,17 @@ def still_fit(
         fitting.append(((one - other).norm() <= tolerance * one.norm()).to(scalars.device))
 
     # A bias's gradient costs little, and leads past its call; other calls' gradients are kept.
-    biases = [
-        next((name for name in use.names if parameters[name].ndim <= 1), None)
-        for use, _, _ in calls
-    ]
-    past = [i for i, name in enumerate(biases) if name is not None]
-    kept = [i for i, name in enumerate(biases) if name is None]
-    edges = [use.edge for use, _, _ in calls]
-    inputs = [parameters[name] for name in dict.fromkeys(biases) if name is not None]
+    biases = {
+        i: name
+        for i, (use, _, _) in enumerate(calls)
+        for name in use.names
+        if parameters[name].ndim <= 1
+    }
+    kept = [i for i in range(len(calls)) if i not in biases]
     gradients = _watched_gradients(
         (coefficients * scalars).sum(),
-        [*(edges[i] for i in kept), *inputs],
-        {i: edges[i] for i in past},
+        [*(calls[i][0].edge for i in kept), *(parameters[name] for name in {*biases.values()})],
+        {i: calls[i][0].edge for i in biases},
         look,
     )
     for i, gradient in zip(kept, gradients, strict=False):
