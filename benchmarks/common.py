@@ -1,7 +1,5 @@
 """What the benchmarks share: who takes part, taking turns, memory of a process, and printing."""
 
-import contextlib
-import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -15,6 +13,8 @@ import sys
 import time
 
 import torch
+
+from fimkit.operators.memory import return_free_memory
 
 MIB = 2**20
 
@@ -93,13 +93,6 @@ def highest_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def return_free_memory():
-    """Give freed memory back to the system, so that no computation gets it for nothing."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class PeakMemory:
     """The resident set now (``baseline``), and the highest from now on (``peak()``), in bytes.
 
@@ -108,7 +101,8 @@ class PeakMemory:
     """
 
     def __init__(self):
-        return_free_memory()
+        gc.collect()
+        return_free_memory()  # else a computation gets it for nothing
         try:
             with open("/proc/self/clear_refs", "w") as clear_refs:
                 clear_refs.write("5")

@@ -162,7 +162,8 @@ def test_squares_of_a_layer(monkeypatch, groups, positions, identity, weighted, 
     layer = LinearStatistics(layout, LIKE, "expand")
     left = torch.eye(3).double().expand(groups, -1, -1) if identity else random(groups, 3, 3)
     right = random(groups, 5, 5)
-    layer.set_bases(None if identity else left, right)
+    layer.set_bases(None if identity else left.clone(), right.clone())
+    layer.begin_eigenvalues(2.0, 0.5)
     expected = 0
     for n, c in ((7, 2), (3, 2), (4, 1), (530, 1), (2, 1)):
         a = inputs(n, positions, groups, 5, "constants")

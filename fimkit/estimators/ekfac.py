@@ -22,7 +22,7 @@ from fimkit.operators import (
 from fimkit.statistics import (
     DiagonalAccumulator,
     WeightSharing,
-    scale_eigenbases,
+    begin_eigenvalues,
     set_eigenbases,
 )
 
@@ -202,7 +202,7 @@ class EKFAC(_KroneckerEstimator):
         if passed:
             parts.reduce(run.ranks)
             sides = set_eigenbases(parts.layers, run.n, run.ranks)
-            scale_eigenbases(parts.layers, sides)
+            begin_eigenvalues(parts.layers, sides)
         statistics = {"parts": parts, "passes": passes}
         run.accumulate(statistics, parts.add_eigenvalues, passes.second)
         for layer in parts.layers.values():

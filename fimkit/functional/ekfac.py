@@ -31,7 +31,7 @@ from fimkit.gradients import AmbientAutocast, differentiating
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
 from fimkit.record import PassRecord
 from fimkit.replay import RandomStates
-from fimkit.statistics.kronecker import LinearStatistics, set_eigenbases
+from fimkit.statistics.kronecker import LinearStatistics, begin_eigenvalues, set_eigenbases
 
 __all__ = ["ifvp_at_x_ekfac"]
 
@@ -171,7 +171,7 @@ def _fit(recorder: Recorder, batches: Batches) -> list[list[EigenKroneckerOperat
                 "count."
             )
         layers = {layer_name(i, j): layer for i, j, layer in _numbered(statistics)}
-        set_eigenbases(layers, n, Ranks())
+        begin_eigenvalues(layers, set_eigenbases(layers, n, Ranks()))
         states.restore()
         for index, batch in enumerate(recorder.batches(batches)):
             other = record.difference(index, batch.losses, *_sides(batch))

@@ -19,7 +19,7 @@ from torch import Tensor
 from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
 from fimkit.operators.lapack import LARGEST, eigh_in_place
-from fimkit.operators.memory import accumulation_dtype
+from fimkit.operators.memory import accumulation_dtype, return_free_memory
 
 __all__ = ["eigh", "eigh_all"]
 
@@ -131,6 +131,7 @@ def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
             solve(name, _overwrite)
 
     # This thread works as well: what the allocator keeps of another one's memory, it cannot reuse.
+    return_free_memory()
     threads = torch.get_num_threads()
     others = min(threads, len(matrices)) - 1
     try:
@@ -147,6 +148,7 @@ def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
                 worker.result()
     finally:
         torch.set_num_threads(threads)
+    return_free_memory()
     return solved
 
 

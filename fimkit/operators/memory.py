@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 
-__all__ = ["BUDGET", "accumulation_dtype", "chunks", "float32_is_exact", "working_set"]
+__all__ = [
+    "BUDGET",
+    "accumulation_dtype",
+    "chunks",
+    "float32_is_exact",
+    "return_free_memory",
+    "working_set",
+]
 
 #: Bytes that the temporaries of one chunk may take.
 BUDGET = 64 * 2**20
@@ -40,6 +49,16 @@ def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[sl
 def working_set(device: torch.device) -> int:
     """Return the bytes of temporaries that are best worked on at a time on a device."""
     return WORKING_SET if device.type == "cpu" else BUDGET
+
+
+def return_free_memory() -> None:
+    """Give the system back what the C library holds of freed memory.
+
+    It keeps what lies between memory in use, which after a stage of other sizes is much, and which
+    the next stage may not find use for.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

@@ -5,8 +5,8 @@ from fimkit.statistics.fisher import FisherAccumulator, Solver
 from fimkit.statistics.kronecker import (
     LayerStatistics,
     WeightSharing,
+    begin_eigenvalues,
     layer_statistics,
-    scale_eigenbases,
     set_eigenbases,
 )
 from fimkit.statistics.rows import GrowingList, RowAccumulator
@@ -22,7 +22,7 @@ __all__ = [
     "Solver",
     "StoredRowAccumulator",
     "WeightSharing",
+    "begin_eigenvalues",
     "layer_statistics",
-    "scale_eigenbases",
     "set_eigenbases",
 ]

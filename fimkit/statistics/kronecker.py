@@ -38,8 +38,8 @@ __all__ = [
     "LayerStatistics",
     "LinearStatistics",
     "WeightSharing",
+    "begin_eigenvalues",
     "layer_statistics",
-    "scale_eigenbases",
     "set_eigenbases",
 ]
 
@@ -83,7 +83,8 @@ class LayerStatistics(ABC):
     def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
         self.layout = layout
         self.mask_met = False
-        self._eigenvalues = like.new_zeros((layout.groups, layout.out, layout.columns))
+        self._like = like
+        self._eigenvalues = like.new_empty(0)  # until they are begun
         self._output_basis: Tensor | None = None
         self._input_basis: Tensor | None = None
         self._bases_are_set = False
@@ -109,11 +110,19 @@ class LayerStatistics(ABC):
         self._output_basis, self._input_basis = output, input
         self._bases_are_set = True
 
-    def scale_bases(self, output: float, input: float) -> None:
-        """Multiply the bases by powers of two, so exactly, until `eigen_corrected`.
+    def begin_eigenvalues(self, output: float, input: float) -> None:
+        """Begin the sums of squares, in bases that are scaled until `eigen_corrected`.
 
         Squares of small gradients would underflow, and products of such numbers are slow.
+
+        Parameters
+        ----------
+        output, input : float
+            Scales of the two bases: powers of two, so that scaling is exact.
         """
+        self._eigenvalues = self._like.new_zeros(
+            (self.layout.groups, self.layout.out, self.layout.columns)
+        )
         self._scales = output, input
         for basis, scale in self._scaled():
             basis.mul_(scale)
@@ -423,7 +432,7 @@ class TiedStatistics(LayerStatistics):
 
     def _matrices(self, group: GroupGradients, weights: Tensor | None) -> Iterator[Tensor]:
         """Yield per-example gradients times the root of their weight, ``(rows, out, columns)``."""
-        each = group.c * self.layout.size * self._eigenvalues.element_size()
+        each = group.c * self.layout.size * self._like.element_size()
         for part in chunks(group.n, each):
             rows = group.dense(part)
             if weights is not None:
@@ -498,10 +507,10 @@ def set_eigenbases(
     return eigenvalues
 
 
-def scale_eigenbases(
+def begin_eigenvalues(
     layers: Mapping[str, LayerStatistics], eigenvalues: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
-    """Scale the bases of all layers, so that what is squared in them is no tiny number.
+    """Begin the sums of squares of all layers, scaled so that no tiny number is squared.
 
     Parameters
     ----------
@@ -514,7 +523,7 @@ def scale_eigenbases(
         return
     scales = map(_inverse_root, torch.stack([v.to(largest[0].device) for v in largest]).tolist())
     for layer, output, input in zip(layers.values(), scales, scales, strict=True):
-        layer.scale_bases(output, input)
+        layer.begin_eigenvalues(output, input)
 
 
 def _inverse_root(square: float) -> float:
