@@ -60,12 +60,12 @@ def test_every_spectrum_is_found_in_the_memory_of_the_matrix(kind, m, diagonal, 
     basis = np.linalg.qr(generator.standard_normal((m, m))).Q
     given = (np.diag(spectrum) if diagonal else (basis * spectrum) @ basis.T).astype(dtype)
     overwritten = given.copy()
-    overwritten[np.triu_indices(m, 1)] = np.nan  # is not read
+    overwritten[np.tril_indices(m, -1)] = np.nan  # is not read
     eigenvalues = lapack.eigh_in_place(overwritten)
 
     assert eigenvalues.dtype == np.float64
-    vectors, wide = overwritten.astype(np.float64), np.tril(given).astype(np.float64)
-    wide += np.tril(wide, -1).T
+    vectors, wide = overwritten.astype(np.float64), np.triu(given).astype(np.float64)
+    wide += np.triu(wide, 1).T
     largest = spectrum.max()
     assert np.abs(eigenvalues - np.linalg.eigvalsh(wide)).max() <= 1e-12 * largest
     assert (np.diff(eigenvalues) >= 0).all()
@@ -110,14 +110,14 @@ def test_the_memory_of_a_matrix_is_used_from_an_address_of_float64(start):
 
 
 @pytest.mark.parametrize("m", [9, 90])
-def test_only_the_lower_triangle_is_read(m):
+def test_only_the_upper_triangle_is_read(m):
     matrix = gram(m)
-    eigenvalues, vectors = eigh(matrix.tril() + torch.full((m, m), 7.0).double().triu(1))
+    eigenvalues, vectors = eigh(matrix.triu() + torch.full((m, m), 7.0).double().tril(-1))
     assert error((vectors * eigenvalues) @ vectors.T, matrix) < 1e-12
 
 
 def test_a_transposed_matrix_is_read_as_it_is_given():
-    matrix = gram(80).tril().T.contiguous().T  # in memory by columns
+    matrix = gram(80).triu().T.contiguous().T  # in memory by columns
     eigenvalues, vectors = eigh(matrix)
     assert error((vectors * eigenvalues) @ vectors.T, gram(80)) < 1e-12
 

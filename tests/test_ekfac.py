@@ -908,9 +908,9 @@ def test_eigenvectors_are_of_float64(dtype, threads, monkeypatch):
     seen = []
     original = np.linalg.eigh
 
-    def watched(matrix):
-        seen.append((matrix.dtype, np.array_equal(matrix, matrix.swapaxes(1, 2)), matrix.shape))
-        return original(matrix)
+    def watched(matrix, *arguments, **keywords):
+        seen.append((matrix.dtype, matrix.shape))
+        return original(matrix, *arguments, **keywords)
 
     monkeypatch.setattr(np.linalg, "eigh", watched)
     before = torch.get_num_threads()
@@ -923,7 +923,7 @@ def test_eigenvectors_are_of_float64(dtype, threads, monkeypatch):
     finally:
         torch.set_num_threads(before)
     shapes = [(1, 4, 4), (1, 9, 9), (2, 2, 2), (2, 4, 4), (1, 3, 3), (1, 9, 9)]
-    assert sorted(seen) == sorted((np.float64, True, shape) for shape in shapes)
+    assert sorted(seen) == sorted((np.float64, shape) for shape in shapes)
     assert fitted.dtype_ == torch.float32
     for name, values in fitted.eigenvalues_.items():
         assert values.dtype == torch.float32

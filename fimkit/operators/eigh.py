@@ -41,7 +41,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     matrix : Tensor of shape (..., m, m)
-        Symmetric; only its lower triangle is read.
+        Symmetric; only its upper triangle is read.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             return _overwrite(wide), wide
     wide = matrix.to(accumulation_dtype(matrix.device))
     try:
-        eigenvalues, vectors = torch.linalg.eigh(wide)
+        eigenvalues, vectors = torch.linalg.eigh(wide, UPLO="U")
     except RuntimeError:
         eigenvalues, vectors = (part.to(wide) for part in eigh(wide.cpu()))
     return eigenvalues.clamp_(min=0), vectors
@@ -167,7 +167,9 @@ def _overwrite(matrix: Tensor) -> Tensor:
         for index in np.ndindex(matrix.shape[:-2]):
             eigenvalues[index] = torch.from_numpy(eigh_in_place(matrix[index].numpy()))
     else:
-        eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.double().numpy()))
+        eigenvalues, vectors = map(
+            torch.from_numpy, np.linalg.eigh(matrix.double().numpy(), UPLO="U")
+        )
         matrix.copy_(vectors)
     return eigenvalues.clamp_(min=0)
 

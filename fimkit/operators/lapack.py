@@ -34,7 +34,7 @@ def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     ----------
     matrix : ndarray of shape (m, m)
         In float32 or float64, symmetric and positive semi-definite, of at least 3 and at most
-        `LARGEST` rows; only its lower triangle is read.
+        `LARGEST` rows; only its upper triangle is read.
 
     Returns
     -------
@@ -58,13 +58,14 @@ def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     np.divide(matrix, unit, out=square, dtype=np.float64)
     kept = _float64_within(matrix, m * (m - 1) // 2)
 
-    # By columns, as LAPACK sees the square, its lower triangle is the upper one ("U"), and its
-    # second row begins what is above the diagonal: the reflectors.
-    _call("dsytrd", b"U", m, square, m, values, beside, scales, vectors, m * m)
-    _call("dtrttp", b"U", m - 1, square[1:], m, kept)
+    # By columns, as LAPACK sees the square, its upper triangle is the lower one ("L"), and its
+    # second number begins what is below the diagonal: the reflectors.
+    reflectors = square.reshape(-1)[1:]
+    _call("dsytrd", b"L", m, square, m, values, beside, scales, vectors, m * m)
+    _call("dtrttp", b"L", m - 1, reflectors, m, kept)
     _call("dstedc", b"I", m, values, beside, vectors, m, work, len(work), integers, len(integers))
-    _call("dtpttr", b"U", m - 1, kept, square[1:], m)
-    _call("dormtr", b"L", b"U", b"N", m, m, square, m, scales, vectors, m, kept, len(kept))
+    _call("dtpttr", b"L", m - 1, kept, reflectors, m)
+    _call("dormtr", b"L", b"L", b"N", m, m, square, m, scales, vectors, m, kept, len(kept))
     matrix[...] = vectors.T
     return values * unit
 

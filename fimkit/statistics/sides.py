@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fimkit.distributed import Ranks
-from fimkit.operators.symmetric import add_products, mirror_
+from fimkit.operators.symmetric import add_products
 
 __all__ = ["Gathered", "Side", "rotate"]
 
@@ -158,11 +158,11 @@ class Side:
     def finish(self, n: int) -> Tensor:
         """Turn the sum into the mean over the positions counted, or over n examples.
 
-        The side ends with that: the tensor returned is the caller's, to overwrite.
+        The side ends with that: the tensor returned is the caller's, to overwrite. Below the
+        diagonal of a matrix it is not to be read.
         """
         self._add_few(self._few.take())
-        mean = self._sum.div_(self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n)
-        return mean if self.diagonal else mirror_(mean)
+        return self._sum.div_(self._count.clamp(min=1).to(self._sum.dtype) if self._counted else n)
 
 
 def rotate(basis: Tensor | None, vectors: Tensor, *last: Tensor) -> Tensor:
