@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from fimkit import IFVPUsageError, ModelData
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
-from fimkit.gradients import GroupGradients
+from fimkit.gradients import GroupGradients, engine
 from fimkit.operators import memory
 from tests import kronecker_reference as kronecker
 from tests import reference
@@ -130,6 +130,7 @@ def test_forward_passes():
 @pytest.mark.parametrize("method", [Diagonal, KFAC, EKFAC])
 def test_gradients_of_earlier_batches_are_gone_before_the_next_forward_pass(method):
     """Unless they are kept on purpose, only one batch's take memory at a time."""
+    gc.collect()  # what other tests left
     model = nn.Linear(5, 3)
     x, y = torch.randn(12, 5), torch.arange(12) % 3
     living = []
@@ -143,6 +144,47 @@ def test_gradients_of_earlier_batches_are_gone_before_the_next_forward_pass(meth
     method(regularization=0.1, **lean).fit(model, split((x, y), 12, 3))
     assert len(living) >= 4
     assert not any(living)
+
+
+def sometimes_turned(self, x, turn):
+    """Take positions first in some batches, as numbers say, and draw random numbers."""
+
+    def turned(h):
+        return torch.where(turn.any(), h.transpose(0, 1), h) if len(h) == h.shape[1] else h
+
+    torch.rand(3)
+    return self.second(turned(self.first(turned(x)).tanh()).sum(1))
+
+
+class Turning(Dataset):
+    """Sequences with noise, which every other four of a model take positions first."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return torch.randn(4, 5, dtype=torch.float64), torch.tensor(i // 4 % 2 == 1), i % 3
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
+def test_places_are_looked_at_in_the_first_pass_only(fisher, monkeypatch):
+    """Also where they are others than before: the batch then runs again, alike."""
+    model = Apply(sometimes_turned, first=nn.Linear(5, 3), second=nn.Linear(3, 3)).double()
+    checks = []
+
+    class Watched(engine.PlacesCheck):
+        def holds(self, signals):
+            checks.append(super().holds(signals))
+            return checks[-1]
+
+    monkeypatch.setattr(engine, "PlacesCheck", Watched)
+    kept, lean = EKFAC(fisher=fisher, random_state=0), EKFAC(fisher=fisher, random_state=0)
+    for estimator, budget in ((kept, 2**30), (lean, 0)):
+        checks.clear()
+        torch.manual_seed(0)
+        estimator.set_params(cache_budget=budget).fit(model, DataLoader(Turning(), 4))
+        assert checks == [False, False, False]
+    assert same(lean, kept)
 
 
 def test_nothing_to_pass_over_again():
@@ -567,6 +609,19 @@ def test_what_losses_do_not_tell(name, budget):
     with pytest.raises(IFVPUsageError, match=message):
         EKFAC(cache_budget=budget).fit(model(), data())
     assert EKFAC().fit(model(), data()).n_samples_seen_ == N
+
+
+@pytest.mark.parametrize("times", [(1, 2), (2, 1)])
+def test_batches_that_meet_layers_more_or_less_often_than_before(times):
+    def forward(self, x, times):
+        for _ in range(int(times[0])):
+            x = self.layer(x).tanh()
+        return x
+
+    x, y = torch.randn(4, 3), torch.arange(4) % 3
+    changed = Changing(*([(x, torch.tensor([n] * 4), y)] for n in times))
+    with pytest.raises(IFVPUsageError, match="batch 0 has other losses"):
+        EKFAC(cache_budget=0).fit(Apply(forward, layer=nn.Linear(3, 3)), changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -636,7 +636,7 @@ def test_places_are_not_looked_at_again_where_no_number_can_move_them(monkeypatc
     def looked(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(engine, "still_fit", looked)
+    monkeypatch.setattr(engine, "PlacesCheck", looked)
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten()
     )
@@ -657,7 +657,7 @@ def test_places_are_looked_at_again_after_calls_that_may_move_them(forward, monk
     def look(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(engine, "still_fit", look)
+    monkeypatch.setattr(engine, "PlacesCheck", look)
     x, y = torch.randn(4, 5).sort(0).values, torch.arange(4) % 3
     with torch.no_grad():
         model = nn.Linear(5, 3)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fimkit.estimators.run import Run
 from fimkit.exceptions import IFVPUsageError
-from fimkit.gradients import BatchGradients
+from fimkit.gradients import BatchGradients, Places
 from fimkit.record import PassRecord
 from fimkit.replay import RandomStates, loader_generators
 
@@ -32,6 +32,7 @@ class ReplayedPasses:
         self._run = run
         self._budget = budget
         self._kept: list[BatchGradients] = []
+        self._places: dict[int, Places] = {}  # of the batches that are not kept
         self._record = PassRecord()
         if getattr(run.data, "persistent_workers", False):
             # Starting workers draws a number, so they start before any pass.
@@ -56,12 +57,15 @@ class ReplayedPasses:
         """
         if not start:
             self._kept.clear()
+            self._places.clear()
             self._record = PassRecord()
         i, used, full = start, 0, start > 0
         for gradients in self._run.gradients(start):  # enumerate would hold on to each
             layers = gradients.layers()
             used += layers.nbytes
             full = full or used > self._budget
+            if full:
+                self._places[i] = gradients.places
             again = full or self._run.checkpoint is not None  # of which nothing is kept
             self._record.append(layers.scalars, *(_sides(layers) if again else ()))
             yield gradients
@@ -89,7 +93,7 @@ class ReplayedPasses:
             return
         self._run.states.restore()
         i, n = max(start, len(self._kept)), len(self._record)
-        for gradients in self._run.gradients(start=i):
+        for gradients in self._run.gradients(i, self._places):
             if i == n:
                 raise self._changed(f"there are more batches than {n}")
             layers = gradients.layers()

@@ -32,6 +32,7 @@ from fimkit.gradients import (
     AmbientAutocast,
     BatchGradients,
     GradientEngine,
+    Places,
     unwrap,
 )
 from fimkit.gradients.sampling import ExampleUniforms
@@ -301,13 +302,17 @@ class Run:
             each.load_state_dict(state["statistics"][name])
         self.states.restore()
 
-    def gradients(self, start: int = 0) -> Iterator[BatchGradients]:
+    def gradients(
+        self, start: int = 0, places: Mapping[int, Places] | None = None
+    ) -> Iterator[BatchGradients]:
         """Yield the per-example gradients of every batch.
 
         Parameters
         ----------
         start : int, default=0
             The first batch wanted; those before it have been passed already.
+        places : mapping of int to Places, optional
+            Where the examples of batches were in another pass, by the batch.
 
         Raises
         ------
@@ -348,7 +353,9 @@ class Run:
                 self.settings.seed, before if indices is None else indices, self._numbering
             )
             try:
-                gradients = self.engine.gradients(to_device(batch, self.model_device), uniforms)
+                gradients = self.engine.gradients(
+                    to_device(batch, self.model_device), uniforms, (places or {}).get(i)
+                )
             except IFVPUsageError as error:
                 raise type(error)(f"batch {i}: {error}") from error
             except Exception as error:

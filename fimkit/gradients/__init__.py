@@ -3,6 +3,7 @@
 from fimkit.gradients.divided import divided, whole
 from fimkit.gradients.engine import UNSEEN, GradientEngine
 from fimkit.gradients.groups import BatchGradients, GroupGradients, TokenGradients
+from fimkit.gradients.layout import Places
 from fimkit.gradients.modes import (
     AmbientAutocast,
     EvaluationTurns,
@@ -21,6 +22,7 @@ __all__ = [
     "GradientEngine",
     "GroupGradients",
     "Objective",
+    "Places",
     "TokenGradients",
     "differentiating",
     "divided",

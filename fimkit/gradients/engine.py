@@ -11,9 +11,10 @@ are where they were found before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from fimkit.gradients.capture import Capture
 from fimkit.gradients.fallback import FallbackGradients
 from fimkit.gradients.groups import BatchGradients, GroupGradients, Located
 from fimkit.gradients.independence import DEPENDENT, IndependenceCheck, unchecked
-from fimkit.gradients.layout import BatchLayout
+from fimkit.gradients.layout import BatchLayout, Places
 from fimkit.gradients.modes import AmbientAutocast
 from fimkit.gradients.objective import Objective
 from fimkit.gradients.ownership import owned, version
@@ -32,7 +33,7 @@ from fimkit.gradients.rules import Use
 from fimkit.gradients.steady import are_steady
 from fimkit.gradients.tables import bounded_tables
 from fimkit.gradients.tree import common_length, tensors
-from fimkit.gradients.verification import RandomSum, graph_shape, still_fit
+from fimkit.gradients.verification import PlacesCheck, RandomSum, graph_shape
 from fimkit.losses import Uniforms
 from fimkit.losses.failures import explained
 from fimkit.operators import Columns
@@ -86,17 +87,6 @@ class _Pass:
         return n > 1, self.graph, leading, tuple((use.key, use.repeats(n)) for use in self.uses)
 
 
-class _Found(NamedTuple):
-    """Where the examples of each call are.
-
-    Guessed where a call had no gradient to tell, proven where the batch had any at all.
-    """
-
-    layouts: list[BatchLayout | None]
-    guessed: bool
-    proven: bool
-
-
 class GradientEngine:
     """Computes the rows of batches for one model, objective and selection of parameters.
 
@@ -146,7 +136,7 @@ class GradientEngine:
         self._fallback = FallbackGradients(model, objective, self._autocast)
         self._fallback_names: set[str] = set()
         self._groups: list[Group] | None = None
-        self._found: dict[Any, _Found] = {}
+        self._found: dict[Any, Places] = {}
         self.coverage = dict.fromkeys(space.shapes, UNSEEN)
         self.doubt: str | None = None
 
@@ -163,7 +153,9 @@ class GradientEngine:
         self._fallback_names = set(state["fallback"])
         self.coverage.update(state["coverage"])
 
-    def gradients(self, batch: Any, uniforms: Uniforms | None = None) -> BatchGradients:
+    def gradients(
+        self, batch: Any, uniforms: Uniforms | None = None, before: Places | None = None
+    ) -> BatchGradients:
         """Return the per-example gradients of a batch.
 
         Parameters
@@ -172,40 +164,42 @@ class GradientEngine:
             As the loss takes it, on the model's device.
         uniforms : callable, optional
             The numbers that labels are drawn with; only for sampled labels.
+        before : Places, optional
+            Where the examples of the same batch were in another pass, which are not looked for
+            again. That it is the same is for the caller to see.
 
         Raises
         ------
         IFVPUsageError
             If a parameter's per-example gradients do not add up to autograd's gradient.
         """
+        states = RandomStates()
         run = self._forward(batch, uniforms)
         self._fallback.shared.meet(tensors(batch), run.shape[0])
-        known = self._found.get(run.key) if run.overwritten <= self._fallback_names else None
-        certain = known is not None and run.steady and not known.guessed
-        try:
-            signals = self._signals(run, keep_graph=not certain)
-            found: _Found | RandomSum
-            if known is not None and (certain or self._still_fits(known, run, signals)):
-                found = known
-            else:
-                found = RandomSum(run.scalars, run.uses, signals, self._parameters, run.precision)
-        except RuntimeError as error:  # autograd's, which needs the inputs as well
-            if not run.overwritten:
-                raise
-            raise IFVPUsageError(
-                f"an input of the call on {some_names(sorted(run.overwritten), 3)} was changed in "
-                "place after the call, and gradients there need it; give the call a copy, such as "
-                "layer(x.clone()), or change another tensor, such as relu(x) for relu_(x)."
-            ) from error
+        places = self._places(run, before)
+        check: RandomSum | None = None
+        with _explained(run):
+            signals = None
+            if places is not None:
+                signals = self._signals_at(places, run, known=places is before)
+            if signals is None:
+                if places is not None:  # examples are elsewhere in this batch; the graph is gone
+                    states.restore()
+                    run = self._forward(batch, uniforms, run.labels)
+                check = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
+                signals = self._signals(run)
+                check.look_for_places(signals)
         run.release()
-        if isinstance(found, RandomSum):
+        if check is not None:
             # Checks run the model again; where it draws random numbers, a second pass, which needs
             # no checks, is to meet the same.
             with RandomStates():
-                found = self._verify(run, signals, found)
-            if found.proven:
-                self._found[run.key] = found
-        return self._collect(run, _locate(run, signals, found.layouts), self._fallback_rows(run))
+                places = self._verify(run, signals, check)
+            if places.proven:
+                self._found[run.key] = places
+        assert places is not None
+        located = _locate(run, signals, places.layouts)
+        return self._collect(run, located, self._fallback_rows(run), places)
 
     def finish(self) -> None:
         """End a pass over all batches.
@@ -222,7 +216,10 @@ class GradientEngine:
         self._groups = None
         self._found.clear()
 
-    def _forward(self, batch: Any, uniforms: Uniforms | None) -> _Pass:
+    def _forward(
+        self, batch: Any, uniforms: Uniforms | None, labels: list[Any] | None = None
+    ) -> _Pass:
+        """Run the model and the loss, with the labels given or drawn."""
         versions = [tensor._version for tensor in tensors(batch)]
         loss, called = self._objective.loss, False
         capture = Capture(self._parameters, self._restored)
@@ -234,7 +231,8 @@ class GradientEngine:
                 called = True
                 if not self._found:
                     self.doubt = loss.doubt_outputs(outputs)
-                labels = self._objective.labels(outputs, batch, uniforms)
+                if labels is None:
+                    labels = self._objective.labels(outputs, batch, uniforms)
                 with capture:
                     columns, weights, mask = self._objective.columns(outputs, labels)
                 scalars = torch.stack(tuple(columns), 1)
@@ -291,30 +289,43 @@ class GradientEngine:
                 "is called with, as loss(model, batch)."
             )
 
-    def _signals(self, run: _Pass, *, keep_graph: bool) -> list[Tensor | None]:
+    def _signals(self, run: _Pass) -> list[Tensor | None]:
         """Return, per use, the gradients ``(c, *output shape)`` of the scalars, None for zero.
 
-        A graph that is not kept gives its memory back on the way.
+        The graph ends with that, and gives its memory back on the way.
         """
         edges = [use.edge for use in run.uses]
         if not edges:
             return []
         last = len(run.columns) - 1
         per_scalar = [
-            torch.autograd.grad(
-                column.sum(), edges, retain_graph=keep_graph or j < last, allow_unused=True
-            )
+            torch.autograd.grad(column.sum(), edges, retain_graph=j < last, allow_unused=True)
             for j, column in enumerate(run.columns)
         ]
         return [_stack(values) for values in zip(*per_scalar, strict=True)]
 
-    def _still_fits(self, found: _Found, run: _Pass, signals: list[Tensor | None]) -> bool:
-        """Whether layouts of another batch hold in this one: data may decide where examples are."""
-        located = _locate(run, signals, found.layouts)
-        calls = [(item.use, item.signals, item.layout) for item in located]
-        return still_fit(run.scalars, calls, self._parameters, run.precision)
+    def _places(self, run: _Pass, before: Places | None) -> Places | None:
+        """Return where the examples are, if the batch or such a pass was met before."""
+        if not run.overwritten <= self._fallback_names:
+            return None
+        if before is not None and before.key == run.key:
+            return before
+        return self._found.get(run.key)
 
-    def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> _Found:
+    def _signals_at(self, places: Places, run: _Pass, *, known: bool) -> list[Tensor | None] | None:
+        """Return the signals, or None if the examples are at other places.
+
+        Data may decide where examples are, so that is looked at unless it is known of the batch.
+        """
+        check: PlacesCheck | None = None
+        if not known and (places.guessed or not run.steady):
+            check = PlacesCheck(
+                run.scalars, run.uses, places.layouts, self._parameters, run.precision
+            )
+        signals = self._signals(run)
+        return signals if check is None or check.holds(signals) else None
+
+    def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> Places:
         """Find where the examples are in each call, and check every parameter's rows.
 
         Parameters that fail move to the fallback, which must pass the same check.
@@ -325,10 +336,11 @@ class GradientEngine:
             if layout is None:
                 self._fallback_names.update(use.names)
         self._fallback_names.update(run.overwritten, self._used_unseen(run))
+        places = Places(run.key, layouts, check.guessed, check.tells)
         located = _locate(run, signals, layouts)
         while True:  # what falls back may pair the rest in another way
             groups = self._groups or self._pair(run.uses)
-            captured = self._collect(run, located, {}, groups)
+            captured = self._collect(run, located, {}, places, groups)
             wrong = check.disagreeing(captured, self._names(fallback=False))
             if not wrong:
                 break
@@ -337,7 +349,7 @@ class GradientEngine:
         for group in self._groups:
             if not self._fallback_names.isdisjoint(group.names):
                 self._fallback_names.update(group.names)
-        self._verify_fallback(run, check)
+        self._verify_fallback(run, check, places)
         check_alone = IndependenceCheck(
             self._fallback, run.batch, run.labels, run.scalars, run.precision
         )
@@ -349,7 +361,7 @@ class GradientEngine:
         for name, parameter in self._parameters.items():
             if name in ways and id(parameter) in reached:
                 self.coverage[name] = ways[name]
-        return _Found(layouts, check.guessed, check.tells)
+        return places
 
     def _used_unseen(self, run: _Pass) -> list[str]:
         """Return the parameters that the graph leads to more often than calls were captured."""
@@ -363,7 +375,7 @@ class GradientEngine:
     def _names(self, *, fallback: bool) -> list[str]:
         return [n for n in self._space.shapes if (n in self._fallback_names) == fallback]
 
-    def _verify_fallback(self, run: _Pass, check: RandomSum) -> None:
+    def _verify_fallback(self, run: _Pass, check: RandomSum, places: Places) -> None:
         if not self._fallback_names:
             return
         wrong: list[str] = []
@@ -371,7 +383,7 @@ class GradientEngine:
         for cut in self._fallback.cuts(run.batch, run.labels, run.shape[0]):
             self._fallback.use(cut)
             try:
-                rows = self._collect(run, [], self._fallback_rows(run))
+                rows = self._collect(run, [], self._fallback_rows(run), places)
             except Exception as error:  # of a wrong cut, or truly a fault
                 problem = problem or error
                 continue
@@ -407,6 +419,7 @@ class GradientEngine:
         run: _Pass,
         located: list[Located],
         fallback: dict[str, Tensor],
+        places: Places,
         groups: list[Group] | None = None,
     ) -> BatchGradients:
         """Return the gradients of the groups that are captured or given by ``fallback``."""
@@ -424,7 +437,24 @@ class GradientEngine:
             else:
                 continue
             out.append(GroupGradients(group, columns, run.shape, self._like, calls, rows))
-        return BatchGradients(out, self._space.size, run.scalars.detach(), run.weights, run.mask)
+        return BatchGradients(
+            out, self._space.size, run.scalars.detach(), run.weights, run.mask, places
+        )
+
+
+@contextmanager
+def _explained(run: _Pass) -> Iterator[None]:
+    """Say what autograd's errors are about: that it needs inputs that were changed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not run.overwritten:
+            raise
+        raise IFVPUsageError(
+            f"an input of the call on {some_names(sorted(run.overwritten), 3)} was changed in "
+            "place after the call, and gradients there need it; give the call a copy, such as "
+            "layer(x.clone()), or change another tensor, such as relu(x) for relu_(x)."
+        ) from error
 
 
 def _padding_mask(batch: Any) -> Tensor | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fimkit.gradients.layout import BatchLayout, TokenLayout
+from fimkit.gradients.layout import BatchLayout, Places, TokenLayout
 from fimkit.gradients.pairing import Group
 from fimkit.gradients.rules import EmbeddingUse, Examples, MatrixUse, Use
 from fimkit.operators import (
@@ -261,6 +261,8 @@ class BatchGradients:
         Weight of each row in the Fisher; None where all are one.
     mask : Tensor of shape (n, T), or None
         Positions that are not padding, where the batch or the loss tells.
+    places : Places
+        Where the examples of the calls were found.
     """
 
     groups: list[GroupGradients]
@@ -268,6 +270,7 @@ class BatchGradients:
     scalars: Tensor
     weights: Tensor | None
     mask: Tensor | None
+    places: Places
 
     @property
     def n(self) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BatchLayout", "TokenLayout", "candidate_layouts"]
+__all__ = ["BatchLayout", "Places", "TokenLayout", "candidate_layouts"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ class TokenLayout(BatchLayout):
     def split(self, tensor: Tensor, lead: tuple[int, ...], batch: int) -> Tensor:
         """Return a ``(*lead, *features)`` tensor as ``(batch, 1, *features)``, by example."""
         return super().split(tensor, lead, self.examples).flatten(0, 1)[:, None]
+
+
+class Places(NamedTuple):
+    """Where the examples of each call in a batch are, and what that was found for.
+
+    Guessed where a call had no gradient to tell, proven where the batch had any at all.
+    """
+
+    key: Any
+    layouts: list[BatchLayout | None]
+    guessed: bool
+    proven: bool
 
 
 def candidate_layouts(lead: tuple[int, ...], batch: int) -> list[BatchLayout]:

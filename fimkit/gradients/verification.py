@@ -18,73 +18,146 @@ from fimkit.gradients.layout import BatchLayout, candidate_layouts
 from fimkit.gradients.rules import Use
 from fimkit.operators.memory import float32_is_exact
 
-__all__ = ["RandomSum", "graph_shape", "same_scalars", "still_fit"]
+__all__ = ["PlacesCheck", "RandomSum", "graph_shape", "same_scalars"]
 
 # Relative disagreement at which captured and true gradients count as different.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
 
 
-def still_fit(
-    scalars: Tensor,
-    calls: Sequence[tuple[Use, Tensor, BatchLayout]],
-    parameters: Mapping[str, Tensor],
-    precision: torch.dtype,
-) -> bool:
+class _Seen:
+    """Gradients of a random sum at calls, along one random direction of each's features.
+
+    So that each position's is told by one number. They are seen on their way only, and before the
+    signals are computed, so that the graph need not outlive these.
+
+    Parameters
+    ----------
+    uses : sequence of Use
+    coefficients : Tensor of shape (n, c)
+        Of the sum of n examples' c scalars.
+    precision : torch.dtype
+        As for `RandomSum`.
+    """
+
+    def __init__(self, uses: Sequence[Use], coefficients: Tensor, precision: torch.dtype) -> None:
+        self._uses = uses
+        self._coefficients = coefficients
+        self._precision = precision
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def look(self, i: int, gradient: Tensor) -> None:
+        """Look at the gradient at a call."""
+        lead = self._uses[i].lead
+        generator = torch.Generator(gradient.device).manual_seed(1)
+        direction = torch.randn(
+            math.prod(gradient.shape[len(lead) :]),
+            generator=generator,
+            dtype=gradient.dtype,
+            device=gradient.device,
+        )
+        self._seen[i] = direction, _along(direction, gradient, lead)
+
+    def __contains__(self, i: int) -> bool:
+        """Whether there is a gradient at a call."""
+        return i in self._seen
+
+    def nonzero(self, i: int) -> bool:
+        """Whether there is a gradient at a call, and not of zero."""
+        return i in self and bool(self._seen[i][1].any())
+
+    def error(self, i: int, layout: BatchLayout, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far positions are from answering to one example each, and how far they may.
+
+        Parameters
+        ----------
+        i : int
+            Of a call with a gradient.
+        layout : BatchLayout
+            Which example each position is taken to belong to.
+        signal : Tensor of shape (c, *output shape)
+            Gradients of each of the c scalars, of all examples: the sum's must be their combination
+            by the coefficients of the example.
+        """
+        direction, seen = self._seen[i]
+        lead, n = self._uses[i].lead, len(self._coefficients)
+        weights = self._coefficients.to(seen)
+        expected = sum(
+            layout.split(_along(direction, each, lead), lead, n) * weights[:, j, None]
+            for j, each in enumerate(signal)
+        )
+        tolerance = max(_tolerance(dtype) for dtype in {signal.dtype, self._precision})
+        observed = layout.split(seen, lead, n)
+        return (observed - expected).norm(), tolerance * observed.norm()
+
+
+def _along(direction: Tensor, gradient: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Return a gradient along a direction of its features, at every position."""
+    positions = gradient.reshape(*lead, len(direction)) @ direction
+    return positions.to(torch.promote_types(positions.dtype, torch.float32))
+
+
+class PlacesCheck:
     """Whether layouts that were found in other batches hold in this one.
 
     At every position the gradient of a random sum of the scalars must be the same combination of
-    its example's signals; both are compared along one random direction of features.
+    its example's signals.
 
     Parameters
     ----------
     scalars : Tensor of shape (B, c)
-    calls : sequence of (Use, Tensor, BatchLayout)
-        Calls with their signals ``(c, *output shape)``.
+    uses : sequence of Use
+        Captured calls.
+    layouts : sequence of BatchLayout or None
+        Of each; None for calls whose gradients are not used.
     parameters : mapping of str to Tensor
         The tracked parameters.
     precision : torch.dtype
         As for `RandomSum`.
     """
-    n = len(scalars)
-    if not all(layout.fits(use.lead, n) for use, _, layout in calls):
-        return False
-    calls = [call for call in calls if call[2].axis is not None]
-    if not calls:
-        return True
-    coefficients = _coefficients(scalars)
-    fitting = []
 
-    def look(i: int, observed: Tensor) -> None:
-        use, signals, layout = calls[i]
-        tolerance = max(_tolerance(d) for d in {observed.dtype, precision})
-        direction = _direction(observed, len(use.lead))
-        one, *each = (
-            layout.split(tensor.reshape(*use.lead, -1) @ direction, use.lead, n)
-            for tensor in (observed, *signals)
-        )
-        weights = coefficients.to(signals)
-        other = sum(signal * weights[:, j, None] for j, signal in enumerate(each))
-        fitting.append(((one - other).norm() <= tolerance * one.norm()).to(scalars.device))
+    def __init__(
+        self,
+        scalars: Tensor,
+        uses: Sequence[Use],
+        layouts: Sequence[BatchLayout | None],
+        parameters: Mapping[str, Tensor],
+        precision: torch.dtype,
+    ) -> None:
+        self._n, self._device = len(scalars), scalars.device
+        self._calls = list(zip(uses, layouts, strict=True))
+        coefficients = _coefficients(scalars)
+        self._seen = _Seen(uses, coefficients, precision)
+        told = [
+            i
+            for i, (_, layout) in enumerate(self._calls)
+            if layout is not None and layout.axis is not None
+        ]
+        # A bias's gradient costs little, and leads past its call; other calls' gradients are kept.
+        biases = {i: name for i in told for name in uses[i].names if parameters[name].ndim <= 1}
+        kept = [i for i in told if i not in biases]
+        inputs = [*(uses[i].edge for i in kept), *(parameters[name] for name in {*biases.values()})]
+        if not inputs:
+            return
+        edges = {i: uses[i].edge for i in biases}
+        total = (coefficients * scalars).sum()
+        gradients = _watched_gradients(total, inputs, edges, self._seen.look)
+        for i, gradient in zip(kept, gradients, strict=False):
+            if gradient is not None:
+                self._seen.look(i, gradient)
 
-    # A bias's gradient costs little, and leads past its call; other calls' gradients are kept.
-    biases = {
-        i: name
-        for i, (use, _, _) in enumerate(calls)
-        for name in use.names
-        if parameters[name].ndim <= 1
-    }
-    kept = [i for i in range(len(calls)) if i not in biases]
-    gradients = _watched_gradients(
-        (coefficients * scalars).sum(),
-        [*(calls[i][0].edge for i in kept), *(parameters[name] for name in {*biases.values()})],
-        {i: calls[i][0].edge for i in biases},
-        look,
-    )
-    for i, gradient in zip(kept, gradients, strict=False):
-        if gradient is not None:
-            look(i, gradient)
-    return not fitting or bool(torch.stack(fitting).all())
+    def holds(self, signals: Sequence[Tensor | None]) -> bool:
+        """Whether the layouts fit the calls' signals ``(c, *output shape)``, None for zero."""
+        fitting = []
+        for i, ((use, layout), signal) in enumerate(zip(self._calls, signals, strict=True)):
+            if signal is None or layout is None:
+                continue
+            if not layout.fits(use.lead, self._n):
+                return False
+            if i in self._seen:
+                error, limit = self._seen.error(i, layout, signal)
+                fitting.append((error <= limit).to(self._device))
+        return not fitting or bool(torch.stack(fitting).all())
 
 
 def _watched_gradients(
@@ -111,54 +184,11 @@ def _watched_gradients(
             handle.remove()
 
 
-def _fitting(
-    lead: tuple[int, ...],
-    observed: Tensor,
-    signals: Tensor,
-    coefficients: Tensor,
-    precision: torch.dtype,
-) -> list[tuple[float, BatchLayout]]:
-    """Return the layouts under which each position answers to one example only, with their errors.
-
-    Parameters
-    ----------
-    lead : tuple of int
-        Dimensions that examples may lie along.
-    observed : Tensor of shape (*lead, ...)
-        Gradients of a sum of n examples' c scalars ...
-    signals : Tensor of shape (c, *lead, ...)
-        ... and of each of the c, of all examples.
-    coefficients : Tensor of shape (n, c)
-        Of the sum.
-    precision : torch.dtype
-    """
-    n, size = len(coefficients), _norm(observed)
-    tolerance = max(_tolerance(dtype) for dtype in {observed.dtype, precision})
-    weights = coefficients.to(signals)
-    fitting: list[tuple[float, BatchLayout]] = []
-    for layout in candidate_layouts(lead, n):
-        expected = sum(
-            layout.split(signal, lead, n).flatten(1) * weights[:, j, None]
-            for j, signal in enumerate(signals)
-        )
-        error = _norm(layout.split(observed, lead, n).flatten(1) - expected)
-        if error <= tolerance * size:
-            fitting.append((error, layout))
-    return fitting
-
-
 def _coefficients(scalars: Tensor) -> Tensor:
     """Return the random coefficients of a sum of scalars, the same for the same shape."""
     generator = torch.Generator("cpu").manual_seed(0)
     random = torch.randn(scalars.shape, generator=generator, dtype=torch.float64, device="cpu")
     return random.to(scalars)
-
-
-def _direction(like: Tensor, lead: int) -> Tensor:
-    """Return a random direction of the features behind the leading dimensions."""
-    generator = torch.Generator(like.device).manual_seed(1)
-    size = math.prod(like.shape[lead:])
-    return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
 class RandomSum:
@@ -170,8 +200,6 @@ class RandomSum:
         Scalars whose gradients are the rows.
     uses : sequence of Use
         Captured calls.
-    signals : sequence of Tensor of shape (c, *output shape), or None
-        Gradients of the scalars at their outputs.
     parameters : mapping of str to Tensor
         The tracked parameters.
     precision : torch.dtype
@@ -180,8 +208,9 @@ class RandomSum:
     Attributes
     ----------
     layouts : list of BatchLayout or None
-        Of each call, where each position answers to one example's scalars only: the gradient of
-        the random sum there is the same combination of that example's signals. None if nowhere.
+        Of each call, once looked for: where each position answers to one example's scalars only.
+        The gradient of the random sum there is the same combination of that example's signals.
+        None if nowhere.
     guessed : bool
         Whether a layout that was found is only the likeliest: its call had no gradient, or so few
         that others fit as well.
@@ -193,45 +222,48 @@ class RandomSum:
         self,
         scalars: Tensor,
         uses: Sequence[Use],
-        signals: Sequence[Tensor | None],
         parameters: Mapping[str, Tensor],
         precision: torch.dtype,
     ) -> None:
+        self._uses = uses
         self._precision = precision
         self.coefficients = _coefficients(scalars)
-        # What the loss does not depend on is met by no gradient.
-        self.layouts: list[BatchLayout | None] = [
-            self._likeliest(use) or BatchLayout(None) for use in uses
-        ]
-        told = set()
-
-        def look(i: int, observed: Tensor) -> None:
-            signal = signals[i]
-            if signal is not None and _norm(observed):
-                fitting = _fitting(
-                    uses[i].lead, observed, signal, self.coefficients, self._precision
-                )
-                self.layouts[i] = min(fitting, key=lambda item: item[0])[1] if fitting else None
-                if len(fitting) <= 1:
-                    told.add(i)
-            elif signal is not None:
-                self.layouts[i] = self._likeliest(uses[i])
-
+        self._seen = _Seen(uses, self.coefficients, precision)
+        self.layouts: list[BatchLayout | None] = []
+        self.guessed = True
         total = (self.coefficients * scalars).sum()
         edges = {i: use.edge for i, use in enumerate(uses)}
-        gradients = _watched_gradients(total, list(parameters.values()), edges, look)
+        gradients = _watched_gradients(total, list(parameters.values()), edges, self._seen.look)
         self._total = total.detach()
         self._parameters = {
             name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
-        self.guessed = len(told) < len(uses)
         self.tells = any(bool(gradient.any()) for gradient in self._parameters.values())
 
-    def _likeliest(self, use: Use) -> BatchLayout | None:
-        """Return the layout of a call whose gradients cannot tell."""
-        candidates = candidate_layouts(use.lead, len(self.coefficients))
-        return candidates[0] if candidates else None
+    def look_for_places(self, signals: Sequence[Tensor | None]) -> None:
+        """Find the layouts, given the gradients ``(c, *output shape)`` of the scalars at the calls.
+
+        None is a gradient of zero.
+        """
+        self.layouts, self.guessed = [], False
+        for i, (use, signal) in enumerate(zip(self._uses, signals, strict=True)):
+            candidates = candidate_layouts(use.lead, len(self.coefficients))
+            fitting: list[tuple[float, BatchLayout]] = []
+            if signal is not None and self._seen.nonzero(i):
+                for layout in candidates:
+                    error, limit = self._seen.error(i, layout, signal)
+                    if error <= limit:
+                        fitting.append((float(error), layout))
+                self.guessed = self.guessed or len(fitting) > 1
+                best = min(fitting, key=lambda item: item[0])[1] if fitting else None
+            else:
+                self.guessed = True
+                # What the loss does not depend on is met by no gradient.
+                best = (
+                    candidates[0] if candidates else BatchLayout(None) if signal is None else None
+                )
+            self.layouts.append(best)
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
