@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -39,9 +40,10 @@ def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[sl
     Yields
     ------
     slice
-        Consecutive slices of at least one item each.
+        Consecutive slices of at least one item each, and about as many.
     """
-    step = max(1, (BUDGET if budget is None else budget) // max(1, bytes_each))
+    most = max(1, (BUDGET if budget is None else budget) // max(1, bytes_each))
+    step = math.ceil(n / math.ceil(n / most)) if n else 1
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
 
