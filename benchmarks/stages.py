@@ -30,7 +30,7 @@ METHODS = {
 def clocks():
     """Give the seconds spent in the parts of EK-FAC's fit, while inside."""
     from fimkit.estimators import ekfac
-    from fimkit.statistics.kronecker import LinearStatistics
+    from fimkit.statistics import LinearStatistics
 
     spent = {"factors": 0.0, "eigh": 0.0, "eigenvalues": 0.0}
     places = (

@@ -16,7 +16,7 @@ from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.losses import CrossEntropy
 from fimkit.operators import symmetric
-from fimkit.statistics import kronecker as statistics
+from fimkit.statistics import linear as statistics
 from tests import kronecker_reference as kronecker
 from tests import reference
 from tests.cases import (

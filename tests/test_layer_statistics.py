@@ -5,8 +5,7 @@ import torch
 
 from fimkit.distributed import Ranks
 from fimkit.operators import MatrixLayout, memory
-from fimkit.statistics import kronecker
-from fimkit.statistics.kronecker import LinearStatistics
+from fimkit.statistics import LinearStatistics, linear
 from fimkit.statistics.sides import Gathered, Side, rotate
 
 from .reference import error
@@ -157,7 +156,7 @@ def test_sides_of_a_layer(positions, groups, last, reduce, masked):
 def test_squares_of_a_layer(monkeypatch, groups, positions, identity, weighted, working_set):
     """By whichever of its ways: gathered, and rotated before or after a sum over positions."""
     monkeypatch.setattr(memory, "WORKING_SET", working_set)
-    monkeypatch.setattr(kronecker, "_ROWS", 2)
+    monkeypatch.setattr(linear, "_ROWS", 2)
     layout = MatrixLayout(groups, 3, 4, bias=True)
     layer = LinearStatistics(layout, LIKE, "expand")
     left = torch.eye(3).double().expand(groups, -1, -1) if identity else random(groups, 3, 3)

@@ -31,7 +31,7 @@ from fimkit.gradients import AmbientAutocast, differentiating
 from fimkit.operators import EigenKroneckerOperator, FactoredRows
 from fimkit.record import PassRecord
 from fimkit.replay import RandomStates
-from fimkit.statistics.kronecker import LinearStatistics, begin_eigenvalues, set_eigenbases
+from fimkit.statistics import LinearStatistics, begin_eigenvalues, set_eigenbases
 
 __all__ = ["ifvp_at_x_ekfac"]
 
