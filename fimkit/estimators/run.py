@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -19,7 +19,6 @@ from fimkit.data import (
     ModelData,
     check_batches,
     described,
-    distribution,
     indexed_batches,
 )
 from fimkit.distributed import Ranks
@@ -37,6 +36,7 @@ from fimkit.gradients import (
 )
 from fimkit.gradients.sampling import ExampleUniforms
 from fimkit.gradients.tree import to_device
+from fimkit.loaders import check_shares, distribution
 from fimkit.replay import RandomStates, loader_generators
 from fimkit.vectors import ParameterSpace
 
@@ -180,7 +180,7 @@ class Run:
         shares = self.ranks.gather(distribution(self.data))
         one_dataset = None not in shares
         if not self.ranks.alone:
-            _check_shares(shares)
+            check_shares(shares)
         if not one_dataset and self.settings.objective.fisher == "mc":
             one_dataset = self._positions_are_shared_out()
         self._numbering = 0 if one_dataset else self.ranks.rank
@@ -421,42 +421,6 @@ def _length(data: Any) -> int | None:
         return len(data.batches() if isinstance(data, ModelData) else data)
     except (TypeError, NotImplementedError):
         return None
-
-
-def _check_shares(shares: Sequence[Mapping[str, Any] | None]) -> None:
-    """Raise if ranks' samplers, by `distribution`, do not take each example of one dataset once."""
-    sampling = [rank for rank, share in enumerate(shares) if share is not None]
-    if not sampling:
-        return
-    remedy = (
-        "give each rank DistributedSampler(dataset) of its own, made after init_process_group, all "
-        "with the same arguments, dataset and epoch."
-    )
-    size, first = len(shares), shares[sampling[0]] or {}
-    drawn: dict[int, int] = {}
-    for rank, share in enumerate(shares):
-        if share is None:
-            raise IFVPUsageError(
-                f"rank {sampling[0]} draws by a DistributedSampler, and rank {rank} by none, so "
-                f"that examples may be taken twice, or not at all; {remedy}"
-            )
-        if share["num_replicas"] != size:
-            raise IFVPUsageError(
-                f"the DistributedSampler of rank {rank} shares its dataset out over "
-                f"{share['num_replicas']} ranks, and {size} fit together; {remedy}"
-            )
-        for name in first:
-            if name != "rank" and first[name] != share.get(name):
-                raise IFVPUsageError(
-                    f"the DistributedSamplers of ranks {sampling[0]} and {rank} have different "
-                    f"{name}: {first[name]} and {share.get(name)}, so that examples are taken "
-                    f"twice, or not at all; {remedy}"
-                )
-        earlier = drawn.setdefault(share["rank"], rank)
-        if earlier != rank:
-            raise IFVPUsageError(
-                f"ranks {earlier} and {rank} both draw shard {share['rank']} of {size}; {remedy}"
-            )
 
 
 def _refuse_infinite(finite: Mapping[int, Tensor]) -> None:
