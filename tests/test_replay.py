@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch.utils.data import (
 from fimkit import IFVPUsageError, ModelData
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
 from fimkit.gradients import GroupGradients, engine
+from fimkit.losses import CrossEntropy
 from fimkit.operators import memory
 from tests import kronecker_reference as kronecker
 from tests import reference
@@ -185,6 +187,48 @@ def test_places_are_looked_at_in_the_first_pass_only(fisher, monkeypatch):
         estimator.set_params(cache_budget=budget).fit(model, DataLoader(Turning(), 4))
         assert checks == [False, False, False]
     assert same(lean, kept)
+
+
+class OfItsOwn(CrossEntropy):
+    """A loss that draws labels from the global numbers."""
+
+    def sample(self, outputs, targets, uniforms):
+        return torch.multinomial(outputs.softmax(1), 1)[:, 0]
+
+
+def test_numbers_that_a_loss_draws_before_its_batch_runs_again():
+    """They come again in the second pass, and so do those of later batches."""
+    model = Apply(sometimes_turned, first=nn.Linear(5, 3), second=nn.Linear(3, 3)).double()
+
+    def fit(budget):
+        torch.manual_seed(0)
+        ekfac = EKFAC(loss=OfItsOwn(), fisher="mc", random_state=0, cache_budget=budget)
+        return ekfac.fit(model, DataLoader(Turning(), 4))
+
+    assert same(fit(0), fit(2**30))
+
+
+def test_a_batch_that_runs_again_takes_memory_once():
+    """And the model is given other tensors, should it know these by their graph."""
+    model = Apply(sometimes_turned, first=nn.Linear(5, 3), second=nn.Linear(3, 3)).double()
+    inputs, living, given = [], [], []
+
+    def before(module, args):
+        if len(args[0]) == 4:
+            living.append(any(reference() is not None for reference in inputs))
+            given.append(args[0])
+            inputs.clear()
+
+    def keep(module, args):
+        inputs.append(weakref.ref(args[0].untyped_storage()))
+
+    model.register_forward_pre_hook(before)
+    model.second.register_forward_pre_hook(keep)
+    batches = list(DataLoader(Turning(), 4))
+    Diagonal().fit(model, batches)
+    assert len(given) >= 7  # each but the first one twice
+    assert not any(living)
+    assert len({id(x) for x in given}) == len(given)
 
 
 def test_nothing_to_pass_over_again():

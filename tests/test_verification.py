@@ -666,6 +666,19 @@ def test_places_are_looked_at_again_after_calls_that_may_move_them(forward, monk
         Explicit().fit(Apply(forward, model=model), [(x, y)] * 2)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_places_are_found_by_gradients_with_rounding_errors(dtype, size):
+    """Of few positions, along whatever direction they are looked at."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layers = [layer for _ in range(8) for layer in (nn.Linear(80, 80), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Linear(80, 4)).to(dtype)
+        batch = torch.randn(size, 80).to(dtype), torch.arange(size)
+        fitted = EKFAC(regularization=0.1, fallback="raise").fit(model, [batch])
+        assert all("Kronecker layer" in how for how in fitted.coverage_.values())
+
+
 def test_places_guessed_without_gradients_are_looked_at_again():
     """As many positions as examples, positions first, and a first batch without any gradient."""
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()

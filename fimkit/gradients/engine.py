@@ -32,7 +32,7 @@ from fimkit.gradients.pairing import Group, pair_parameters
 from fimkit.gradients.rules import Use
 from fimkit.gradients.steady import are_steady
 from fimkit.gradients.tables import bounded_tables
-from fimkit.gradients.tree import common_length, tensors
+from fimkit.gradients.tree import common_length, map_tensors, tensors
 from fimkit.gradients.verification import PlacesCheck, RandomSum, graph_shape
 from fimkit.losses import Uniforms
 from fimkit.losses.failures import explained
@@ -177,18 +177,16 @@ class GradientEngine:
         run = self._forward(batch, uniforms)
         self._fallback.shared.meet(tensors(batch), run.shape[0])
         places = self._places(run, before)
-        check: RandomSum | None = None
-        with _explained(run):
-            signals = None
-            if places is not None:
-                signals = self._signals_at(places, run, known=places is before)
-            if signals is None:
-                if places is not None:  # examples are elsewhere in this batch; the graph is gone
+        signals, check = self._signals_at(places, run, known=places is before), None
+        if signals is None:
+            if places is not None:  # examples are elsewhere in this batch, and the graph is gone
+                labels = run.labels
+                del run
+                # Again with the same numbers, as other tensors: a model may remember the graph.
+                with RandomStates():
                     states.restore()
-                    run = self._forward(batch, uniforms, run.labels)
-                check = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
-                signals = self._signals(run)
-                check.look_for_places(signals)
+                    run = self._forward(map_tensors(Tensor.detach, batch), uniforms, labels)
+            signals, check = self._look_for_places(run)
         run.release()
         if check is not None:
             # Checks run the model again; where it draws random numbers, a second pass, which needs
@@ -312,18 +310,31 @@ class GradientEngine:
             return before
         return self._found.get(run.key)
 
-    def _signals_at(self, places: Places, run: _Pass, *, known: bool) -> list[Tensor | None] | None:
-        """Return the signals, or None if the examples are at other places.
+    def _signals_at(
+        self, places: Places | None, run: _Pass, *, known: bool
+    ) -> list[Tensor | None] | None:
+        """Return the signals, or None if examples are at other places than given, if any are.
 
         Data may decide where examples are, so that is looked at unless it is known of the batch.
         """
+        if places is None:
+            return None
         check: PlacesCheck | None = None
-        if not known and (places.guessed or not run.steady):
-            check = PlacesCheck(
-                run.scalars, run.uses, places.layouts, self._parameters, run.precision
-            )
-        signals = self._signals(run)
+        with _explained(run.overwritten):
+            if not known and (places.guessed or not run.steady):
+                check = PlacesCheck(
+                    run.scalars, run.uses, places.layouts, self._parameters, run.precision
+                )
+            signals = self._signals(run)
         return signals if check is None or check.holds(signals) else None
+
+    def _look_for_places(self, run: _Pass) -> tuple[list[Tensor | None], RandomSum]:
+        """Return the signals, and what has looked for the places of examples."""
+        with _explained(run.overwritten):
+            check = RandomSum(run.scalars, run.uses, self._parameters, run.precision)
+            signals = self._signals(run)
+        check.look_for_places(signals)
+        return signals, check
 
     def _verify(self, run: _Pass, signals: list[Tensor | None], check: RandomSum) -> Places:
         """Find where the examples are in each call, and check every parameter's rows.
@@ -443,15 +454,15 @@ class GradientEngine:
 
 
 @contextmanager
-def _explained(run: _Pass) -> Iterator[None]:
+def _explained(overwritten: set[str]) -> Iterator[None]:
     """Say what autograd's errors are about: that it needs inputs that were changed."""
     try:
         yield
     except RuntimeError as error:
-        if not run.overwritten:
+        if not overwritten:
             raise
         raise IFVPUsageError(
-            f"an input of the call on {some_names(sorted(run.overwritten), 3)} was changed in "
+            f"an input of the call on {some_names(sorted(overwritten), 3)} was changed in "
             "place after the call, and gradients there need it; give the call a copy, such as "
             "layer(x.clone()), or change another tensor, such as relu(x) for relu_(x)."
         ) from error

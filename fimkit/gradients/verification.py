@@ -24,12 +24,18 @@ __all__ = ["PlacesCheck", "RandomSum", "graph_shape", "same_scalars"]
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
 
+# How many random directions tell gradients apart. Where tolerances are near the rounding errors,
+# these must not count for more along them than they do.
+_DIRECTIONS = 8
+_COARSE_DIRECTIONS = 64
+
 
 class _Seen:
-    """Gradients of a random sum at calls, along one random direction of each's features.
+    """Gradients of a random sum at calls, along a few random directions of each's features.
 
-    So that each position's is told by one number. They are seen on their way only, and before the
-    signals are computed, so that the graph need not outlive these.
+    So that each position's is told by a few numbers; along one direction gradients could be next to
+    nothing by chance, and their rounding errors not. They are seen on their way only, and before
+    the signals are computed, so that the graph need not outlive these.
 
     Parameters
     ----------
@@ -49,14 +55,8 @@ class _Seen:
     def look(self, i: int, gradient: Tensor) -> None:
         """Look at the gradient at a call."""
         lead = self._uses[i].lead
-        generator = torch.Generator(gradient.device).manual_seed(1)
-        direction = torch.randn(
-            math.prod(gradient.shape[len(lead) :]),
-            generator=generator,
-            dtype=gradient.dtype,
-            device=gradient.device,
-        )
-        self._seen[i] = direction, _along(direction, gradient, lead)
+        directions = _directions(gradient, math.prod(gradient.shape[len(lead) :]), self._precision)
+        self._seen[i] = directions, _along(directions, gradient, lead)
 
     def __contains__(self, i: int) -> bool:
         """Whether there is a gradient at a call."""
@@ -79,11 +79,11 @@ class _Seen:
             Gradients of each of the c scalars, of all examples: the sum's must be their combination
             by the coefficients of the example.
         """
-        direction, seen = self._seen[i]
+        directions, seen = self._seen[i]
         lead, n = self._uses[i].lead, len(self._coefficients)
         weights = self._coefficients.to(seen)
         expected = sum(
-            layout.split(_along(direction, each, lead), lead, n) * weights[:, j, None]
+            layout.split(_along(directions, each, lead), lead, n) * weights[:, j, None, None]
             for j, each in enumerate(signal)
         )
         tolerance = max(_tolerance(dtype) for dtype in {signal.dtype, self._precision})
@@ -91,9 +91,20 @@ class _Seen:
         return (observed - expected).norm(), tolerance * observed.norm()
 
 
-def _along(direction: Tensor, gradient: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """Return a gradient along a direction of its features, at every position."""
-    positions = gradient.reshape(*lead, len(direction)) @ direction
+def _directions(like: Tensor, size: int, precision: torch.dtype) -> Tensor:
+    """Return random directions of so many features, in columns, or all where there are few."""
+    coarse = max(_tolerance(like.dtype), _tolerance(precision)) == _COARSE_TOLERANCE
+    number = _COARSE_DIRECTIONS if coarse else _DIRECTIONS
+    if size <= number:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    generator = torch.Generator(like.device).manual_seed(0x5EED)
+    shape = size, number
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _along(directions: Tensor, gradient: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Return a gradient along directions of its features, at every position."""
+    positions = gradient.reshape(*lead, len(directions)) @ directions
     return positions.to(torch.promote_types(positions.dtype, torch.float32))
 
 
