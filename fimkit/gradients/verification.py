@@ -24,18 +24,18 @@ __all__ = ["PlacesCheck", "RandomSum", "graph_shape", "same_scalars"]
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
 
-# How many random directions tell gradients apart. Where tolerances are near the rounding errors,
-# these must not count for more along them than they do.
-_DIRECTIONS = 8
-_COARSE_DIRECTIONS = 64
+# How many random sums of features tell gradients apart. Where tolerances are near the rounding
+# errors, these must not count for more in the sums than they do.
+_SUMS = 8
+_COARSE_SUMS = 32
 
 
 class _Seen:
-    """Gradients of a random sum at calls, along a few random directions of each's features.
+    """Gradients of a random sum of scalars at calls, by a few random sums of each's features.
 
-    So that each position's is told by a few numbers; along one direction gradients could be next to
-    nothing by chance, and their rounding errors not. They are seen on their way only, and before
-    the signals are computed, so that the graph need not outlive these.
+    So that each position's is told by a few numbers; a single one could be next to nothing by
+    chance, and the rounding errors in it not. Gradients are seen on their way only, and before the
+    signals are computed, so that the graph need not outlive these.
 
     Parameters
     ----------
@@ -50,13 +50,11 @@ class _Seen:
         self._uses = uses
         self._coefficients = coefficients
         self._precision = precision
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, Tensor] = {}
 
     def look(self, i: int, gradient: Tensor) -> None:
         """Look at the gradient at a call."""
-        lead = self._uses[i].lead
-        directions = _directions(gradient, math.prod(gradient.shape[len(lead) :]), self._precision)
-        self._seen[i] = directions, _along(directions, gradient, lead)
+        self._seen[i] = self._sums(i, gradient)
 
     def __contains__(self, i: int) -> bool:
         """Whether there is a gradient at a call."""
@@ -64,7 +62,7 @@ class _Seen:
 
     def nonzero(self, i: int) -> bool:
         """Whether there is a gradient at a call, and not of zero."""
-        return i in self and bool(self._seen[i][1].any())
+        return i in self and bool(self._seen[i].any())
 
     def error(self, i: int, layout: BatchLayout, signal: Tensor) -> tuple[Tensor, Tensor]:
         """Return how far positions are from answering to one example each, and how far they may.
@@ -79,33 +77,35 @@ class _Seen:
             Gradients of each of the c scalars, of all examples: the sum's must be their combination
             by the coefficients of the example.
         """
-        directions, seen = self._seen[i]
         lead, n = self._uses[i].lead, len(self._coefficients)
-        weights = self._coefficients.to(seen)
+        observed = layout.split(self._seen[i], lead, n)
+        weights = self._coefficients.to(observed)
         expected = sum(
-            layout.split(_along(directions, each, lead), lead, n) * weights[:, j, None, None]
+            layout.split(self._sums(i, each), lead, n) * weights[:, j, None, None]
             for j, each in enumerate(signal)
         )
-        tolerance = max(_tolerance(dtype) for dtype in {signal.dtype, self._precision})
-        observed = layout.split(seen, lead, n)
-        return (observed - expected).norm(), tolerance * observed.norm()
+        return (observed - expected).norm(), self._tolerance(signal) * observed.norm()
 
+    def _tolerance(self, gradient: Tensor) -> float:
+        return max(_tolerance(dtype) for dtype in {gradient.dtype, self._precision})
 
-def _directions(like: Tensor, size: int, precision: torch.dtype) -> Tensor:
-    """Return random directions of so many features, in columns, or all where there are few."""
-    coarse = max(_tolerance(like.dtype), _tolerance(precision)) == _COARSE_TOLERANCE
-    number = _COARSE_DIRECTIONS if coarse else _DIRECTIONS
-    if size <= number:
-        return torch.eye(size, dtype=like.dtype, device=like.device)
-    generator = torch.Generator(like.device).manual_seed(0x5EED)
-    shape = size, number
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _along(directions: Tensor, gradient: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """Return a gradient along directions of its features, at every position."""
-    positions = gradient.reshape(*lead, len(directions)) @ directions
-    return positions.to(torch.promote_types(positions.dtype, torch.float32))
+    def _sums(self, i: int, gradient: Tensor) -> Tensor:
+        """Return sums of a gradient's features, in groups and with random signs, by position."""
+        lead = self._uses[i].lead
+        size = math.prod(gradient.shape[len(lead) :])
+        generator = torch.Generator(gradient.device).manual_seed(0x5EED)
+        signs = torch.randint(2, (size,), generator=generator, device=gradient.device)
+        signs = (2 * signs - 1).to(gradient)
+        most = _SUMS if self._tolerance(gradient) < _COARSE_TOLERANCE else _COARSE_SUMS
+        number = max(1, min(most, size))
+        shape = number, size // number
+        whole = math.prod(shape)
+        features = gradient.reshape(*lead, size)
+        groups = features[..., :whole].view(*lead, *shape)
+        sums = [torch.einsum("...gf,gf->...g", groups, signs[:whole].view(shape))]
+        if whole < size:
+            sums.append((features[..., whole:] @ signs[whole:])[..., None])
+        return torch.cat(sums, -1).to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 class PlacesCheck:
