@@ -183,3 +183,13 @@ def test_a_matrix_that_is_not_finite_is_refused_by_its_name():
     broken[3, 2] = torch.inf
     with pytest.raises(IFVPUsageError, match=r"'second'.*not finite"):
         eigh_all({"first": gram(70), "second": broken}, Ranks())
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not():
+    matrix = torch.full((40, 40), 1e36) + torch.eye(40) * 1e36
+    eigenvalues, _ = eigh_all({"large": matrix.clone()}, Ranks())["large"]
+    assert float(eigenvalues[-1]) == pytest.approx(41e36, rel=1e-5)
+    for value in (torch.inf, torch.nan):
+        matrix[3, 3] = value
+        with pytest.raises(IFVPUsageError, match="'large' is not finite"):
+            eigh_all({"large": matrix.clone()}, Ranks())

@@ -11,6 +11,7 @@ import torch
 from sklearn.base import clone
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from fimkit import Explicit, IFVPUsageError, ModelData, SingularFisherError
 from fimkit.estimators.ekfac import EKFAC, KFAC, Diagonal
@@ -1280,6 +1281,30 @@ def test_many_small_batches_are_one_large_one(fisher):
     assert few.fisher_.trace() == pytest.approx(trace, rel=1e-10)
     for name, eigenvalues in whole.eigenvalues_.items():
         torch.testing.assert_close(few.eigenvalues_[name], eigenvalues, rtol=1e-9, atol=1e-18)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0])
+@pytest.mark.parametrize("layer", ["convolution", "table"])
+def test_squares_where_sums_over_positions_cancel(layer, scale):
+    """Their reduced sides are rounding errors, and Λ is of whole gradients all the same."""
+    norm = nn.InstanceNorm1d(4)
+    if layer == "convolution":
+        inner = nn.Sequential(norm, nn.Conv1d(4, 4, 1, bias=False), norm)
+        x = torch.randn(40, 4, 16)
+    else:
+        table = nn.Embedding(9, 4)
+        inner = Apply(lambda self, x: self.norm(self.table(x).mT), table=table, norm=norm)
+        x = torch.randint(9, (40, 16))
+    model = nn.Sequential(inner, nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    y = torch.arange(40) % 3
+
+    def loss(model, batch):
+        return scale * cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    found = EKFAC(loss=loss, weight_sharing="reduce").fit(model, split((x, y), 40, 7))
+    exact = as_float((x, y), torch.float64)
+    expected = Diagonal(loss=loss).fit(deepcopy(model).double(), [exact])
+    assert found.fisher_.trace() == pytest.approx(expected.fisher_.trace(), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])

@@ -13,6 +13,7 @@ from fimkit.operators import (
     GramOperator,
     MatrixLayout,
     RowMatrix,
+    memory,
 )
 from tests import reference
 from tests.operator_suite import OperatorSuite, error
@@ -185,3 +186,14 @@ def test_dampings_of_blocks():
             blocks.solve(v, damping)
     with pytest.raises(SingularFisherError, match=r"^block 'b'"):
         blocks.logdet([0.1, 0.0])
+
+
+@pytest.mark.parametrize("each", [0, 1, 7, 30, 1000])
+@pytest.mark.parametrize("n", [0, 1, 7, 100])
+def test_chunks_are_as_large_as_each_other(n, each):
+    parts = list(memory.chunks(n, each, budget=70))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+    sizes = {part.stop - part.start for part in parts}
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert all(size == 1 or size * each <= 70 for size in sizes)
+    assert len(parts) == -(-n // max(1, 70 // max(1, each)))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
@@ -84,10 +85,11 @@ def eigh_all(matrices: Mapping[str, Tensor], ranks: Ranks) -> dict[str, tuple[Te
     IFVPUsageError
         If a matrix is not finite, by its name.
     """
-    device = next((matrix.device for matrix in matrices.values()), None)
-    sums = [matrix.sum().to(device) for matrix in matrices.values()]
-    finite = torch.stack(sums).isfinite().tolist() if sums else []
-    for (name, matrix), is_finite in zip(matrices.items(), finite, strict=True):
+    given = {name: matrix for name, matrix in matrices.items() if matrix.numel()}
+    device = next((matrix.device for matrix in given.values()), None)
+    largest = [vector_norm(matrix, torch.inf).to(device) for matrix in given.values()]  # or NaN
+    finite = torch.stack(largest).isfinite().tolist() if largest else []
+    for (name, matrix), is_finite in zip(given.items(), finite, strict=True):
         if not is_finite:
             raise IFVPUsageError(
                 f"a Kronecker factor of {name!r} is not finite: its inputs or gradients overflow "

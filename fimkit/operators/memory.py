@@ -40,12 +40,12 @@ def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[sl
     Yields
     ------
     slice
-        Consecutive slices of at least one item each, and about as many.
+        Consecutive slices of at least one item each, whose sizes differ by one at most.
     """
     most = max(1, (BUDGET if budget is None else budget) // max(1, bytes_each))
-    step = math.ceil(n / math.ceil(n / most)) if n else 1
-    for start in range(0, n, step):
-        yield slice(start, min(n, start + step))
+    number = math.ceil(n / most)
+    for i in range(number):
+        yield slice(i * n // number, (i + 1) * n // number)
 
 
 def working_set(device: torch.device) -> int:

@@ -99,7 +99,7 @@ def begin_eigenvalues(
     eigenvalues : mapping of str to (Tensor, Tensor)
         Of both sides of each, as `set_eigenbases` returns them.
     """
-    largest = [values.max() for name in layers for values in eigenvalues[name]]
+    largest = [square for name in layers for square in layers[name].squares(*eigenvalues[name])]
     if not largest:
         return
     scales = map(_inverse_root, torch.stack([v.to(largest[0].device) for v in largest]).tolist())
@@ -113,6 +113,6 @@ def _inverse_root(square: float) -> float:
     Sums of two such squares' products over any number of examples are far from the largest number,
     and most that count for nothing beside them far from the smallest.
     """
-    if not square > 0:
+    if not 0 < square < math.inf:
         return 1.0
     return 2.0 ** (_HEADROOM - min(max(round(math.log2(square) / 2), -60), 60))

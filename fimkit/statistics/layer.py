@@ -22,6 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fimkit.distributed import Ranks
@@ -43,6 +44,7 @@ class LayerStatistics(ABC):
         The layer's matrices.
     like : Tensor
         Dtype and device of the statistics.
+    weight_sharing : {"expand", "reduce"}, default="expand"
 
     Attributes
     ----------
@@ -56,8 +58,14 @@ class LayerStatistics(ABC):
     output: Side
     input: Side
 
-    def __init__(self, layout: MatrixLayout, like: Tensor) -> None:
+    def __init__(
+        self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing = "expand"
+    ) -> None:
         self.layout = layout
+        self._reduce = weight_sharing == "reduce"
+        # If so, of vectors that are then added up over positions, where they may cancel: the
+        # largest mean of their squares in a batch, of the output side and the input side.
+        self._squares = like.new_zeros(2)
         self.mask_met = False
         self._like = like
         self._eigenvalues = like.new_empty(0)  # until they are begun
@@ -85,6 +93,22 @@ class LayerStatistics(ABC):
         """Take the eigenvectors of the two sides; None for the identity."""
         self._output_basis, self._input_basis = output, input
         self._bases_are_set = True
+
+    def _note_squares(self, output: Tensor, input: Tensor) -> None:
+        """Take note of mean squares of a batch's vectors, before they are added up."""
+        self._squares = torch.maximum(self._squares, torch.stack([output, input]))
+
+    def squares(self, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return about how large the squares of vectors on both sides are.
+
+        Parameters
+        ----------
+        output, input : Tensor of shape (groups, m)
+            Eigenvalues of the sides.
+        """
+        if self._reduce:
+            return self._squares[0], self._squares[1]
+        return output.max(), input.max()
 
     def begin_eigenvalues(self, output: float, input: float) -> None:
         """Begin the sums of squares, in bases that are scaled until `eigen_corrected`.
@@ -114,6 +138,7 @@ class LayerStatistics(ABC):
 
     def reduce_factors(self, ranks: Ranks) -> None:
         """Add what the other ranks accumulated in the two sides."""
+        ranks.add_up(self._squares)
         self.output.reduce(ranks)
         self.input.reduce(ranks)
 
@@ -126,7 +151,8 @@ class LayerStatistics(ABC):
         if self._bases_are_set:
             bases = {"output": self._output_basis, "input": self._input_basis}
             return {"eigenvalues": self._eigenvalues, "bases": bases, "scales": self._scales}
-        return {"output": self.output.state_dict(), "input": self.input.state_dict()}
+        sides = {"output": self.output.state_dict(), "input": self.input.state_dict()}
+        return {**sides, "squares": self._squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what was accumulated before."""
@@ -137,6 +163,7 @@ class LayerStatistics(ABC):
         else:
             self.output.load_state_dict(state["output"])
             self.input.load_state_dict(state["input"])
+            self._squares = state["squares"]
 
     def eigen_corrected(self, n: int) -> EigenKroneckerOperator:
         """Return the operator with the mean of squares over n examples as eigenvalues."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fimkit.distributed import Ranks
@@ -37,8 +38,7 @@ class LinearStatistics(LayerStatistics):
     """
 
     def __init__(self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing) -> None:
-        super().__init__(layout, like)
-        self._reduce = weight_sharing == "reduce"
+        super().__init__(layout, like, weight_sharing)
         self._few = Gathered(_ENOUGH)
         self.output, self.input = (
             Side(layout.groups, size, like, diagonal=size > _LARGEST_SIDE)
@@ -87,6 +87,8 @@ class LinearStatistics(LayerStatistics):
             count = kept.sum()
             lengths = kept.sum(1).clamp(min=1)[:, None, None, None]
         if self._reduce:
+            whole = torch.stack([columns.square().sum() for columns in a]).sum()
+            self._note_squares(s.square().sum() / n, whole / (n * positions))
             a = [columns.sum(1, keepdim=True) / lengths for columns in a]
             s = s.sum(2, keepdim=True)
         self.input.add(*(columns.permute(2, 0, 1, 3) for columns in a))

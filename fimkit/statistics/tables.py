@@ -26,8 +26,7 @@ class LookupStatistics(LayerStatistics):
     """
 
     def __init__(self, layout: MatrixLayout, like: Tensor, weight_sharing: WeightSharing) -> None:
-        super().__init__(layout, like)
-        self._reduce = weight_sharing == "reduce"
+        super().__init__(layout, like, weight_sharing)
         self.output = Side(1, layout.out, like, diagonal=True)
         self.input = Side(1, layout.columns, like, diagonal=False)
 
@@ -47,6 +46,7 @@ class LookupStatistics(LayerStatistics):
             if weights is not None:
                 s = s * weights.to(s).sqrt()[:, :, None, None]
             if self._reduce:
+                self._note_squares(kept.square().mean(), s.square().sum() / len(s))
                 s = s.sum(2, keepdim=True)
                 self._add_mean_units(indices, kept)
                 self.output.count(len(indices))
