@@ -158,6 +158,11 @@ def sometimes_turned(self, x, turn):
     return self.second(turned(self.first(turned(x)).tanh()).sum(1))
 
 
+def sometimes_turning():
+    layers = {"first": nn.Linear(5, 3), "second": nn.Linear(3, 3)}
+    return Apply(sometimes_turned, **layers).double()
+
+
 class Turning(Dataset):
     """Sequences with noise, which every other four of a model take positions first."""
 
@@ -171,7 +176,7 @@ class Turning(Dataset):
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
 def test_places_are_looked_at_in_the_first_pass_only(fisher, monkeypatch):
     """Also where they are others than before: the batch then runs again, alike."""
-    model = Apply(sometimes_turned, first=nn.Linear(5, 3), second=nn.Linear(3, 3)).double()
+    model = sometimes_turning()
     checks = []
 
     class Watched(engine.PlacesCheck):
@@ -198,7 +203,7 @@ class OfItsOwn(CrossEntropy):
 
 def test_numbers_that_a_loss_draws_before_its_batch_runs_again():
     """They come again in the second pass, and so do those of later batches."""
-    model = Apply(sometimes_turned, first=nn.Linear(5, 3), second=nn.Linear(3, 3)).double()
+    model = sometimes_turning()
 
     def fit(budget):
         torch.manual_seed(0)
@@ -210,7 +215,7 @@ def test_numbers_that_a_loss_draws_before_its_batch_runs_again():
 
 def test_a_batch_that_runs_again_takes_memory_once():
     """And the model is given other tensors, should it know these by their graph."""
-    model = Apply(sometimes_turned, first=nn.Linear(5, 3), second=nn.Linear(3, 3)).double()
+    model = sometimes_turning()
     inputs, living, given = [], [], []
 
     def before(module, args):

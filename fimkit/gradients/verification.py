@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,22 +39,40 @@ class _Seen:
 
     Parameters
     ----------
+    scalars : Tensor of shape (n, c)
     uses : sequence of Use
-    coefficients : Tensor of shape (n, c)
-        Of the sum of n examples' c scalars.
+        Captured calls.
     precision : torch.dtype
         As for `RandomSum`.
+
+    Attributes
+    ----------
+    coefficients : Tensor of shape (n, c)
+        Of the sum.
+    total : Tensor
+        The sum, once differentiated, without its graph.
     """
 
-    def __init__(self, uses: Sequence[Use], coefficients: Tensor, precision: torch.dtype) -> None:
+    total: Tensor
+
+    def __init__(self, scalars: Tensor, uses: Sequence[Use], precision: torch.dtype) -> None:
         self._uses = uses
-        self._coefficients = coefficients
         self._precision = precision
         self._seen: dict[int, Tensor] = {}
+        self.coefficients = _coefficients(scalars)
+
+    def differentiate(
+        self, scalars: Tensor, inputs: Sequence[Any], calls: Iterable[int]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the sum's gradients by some inputs, having seen those at some calls on the way."""
+        total = (self.coefficients * scalars).sum()
+        self.total = total.detach()
+        edges = {i: self._uses[i].edge for i in calls}
+        return _watched_gradients(total, inputs, edges, self.look)
 
     def look(self, i: int, gradient: Tensor) -> None:
         """Look at the gradient at a call."""
-        self._seen[i] = self._sums(i, gradient)
+        self._seen[i] = self._sums(gradient, self._uses[i].lead)
 
     def __contains__(self, i: int) -> bool:
         """Whether there is a gradient at a call."""
@@ -64,34 +82,37 @@ class _Seen:
         """Whether there is a gradient at a call, and not of zero."""
         return i in self and bool(self._seen[i].any())
 
-    def error(self, i: int, layout: BatchLayout, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how far positions are from answering to one example each, and how far they may.
+    def errors(
+        self, i: int, layouts: Iterable[BatchLayout], signal: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield how far positions are from answering to one example each, and how far they may be.
 
         Parameters
         ----------
         i : int
             Of a call with a gradient.
-        layout : BatchLayout
-            Which example each position is taken to belong to.
+        layouts : iterable of BatchLayout
+            By each, which example each position is taken to belong to.
         signal : Tensor of shape (c, *output shape)
             Gradients of each of the c scalars, of all examples: the sum's must be their combination
             by the coefficients of the example.
         """
-        lead, n = self._uses[i].lead, len(self._coefficients)
-        observed = layout.split(self._seen[i], lead, n)
-        weights = self._coefficients.to(observed)
-        expected = sum(
-            layout.split(self._sums(i, each), lead, n) * weights[:, j, None, None]
-            for j, each in enumerate(signal)
-        )
-        return (observed - expected).norm(), self._tolerance(signal) * observed.norm()
+        lead, n = self._uses[i].lead, len(self.coefficients)
+        sums = self._sums(signal, (len(signal), *lead))
+        weights = self.coefficients.to(sums)
+        for layout in layouts:
+            observed = layout.split(self._seen[i], lead, n)
+            expected = sum(
+                layout.split(each, lead, n) * weights[:, j, None, None]
+                for j, each in enumerate(sums)
+            )
+            yield (observed - expected).norm(), self._tolerance(signal) * observed.norm()
 
     def _tolerance(self, gradient: Tensor) -> float:
         return max(_tolerance(dtype) for dtype in {gradient.dtype, self._precision})
 
-    def _sums(self, i: int, gradient: Tensor) -> Tensor:
-        """Return sums of a gradient's features, in groups and with random signs, by position."""
-        lead = self._uses[i].lead
+    def _sums(self, gradient: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """Return sums of the features behind leading dimensions, in groups, with random signs."""
         size = math.prod(gradient.shape[len(lead) :])
         generator = torch.Generator(gradient.device).manual_seed(0x5EED)
         signs = torch.randint(2, (size,), generator=generator, device=gradient.device)
@@ -137,8 +158,7 @@ class PlacesCheck:
     ) -> None:
         self._n, self._device = len(scalars), scalars.device
         self._calls = list(zip(uses, layouts, strict=True))
-        coefficients = _coefficients(scalars)
-        self._seen = _Seen(uses, coefficients, precision)
+        self._seen = _Seen(scalars, uses, precision)
         told = [
             i
             for i, (_, layout) in enumerate(self._calls)
@@ -150,9 +170,7 @@ class PlacesCheck:
         inputs = [*(uses[i].edge for i in kept), *(parameters[name] for name in {*biases.values()})]
         if not inputs:
             return
-        edges = {i: uses[i].edge for i in biases}
-        total = (coefficients * scalars).sum()
-        gradients = _watched_gradients(total, inputs, edges, self._seen.look)
+        gradients = self._seen.differentiate(scalars, inputs, biases)
         for i, gradient in zip(kept, gradients, strict=False):
             if gradient is not None:
                 self._seen.look(i, gradient)
@@ -166,7 +184,7 @@ class PlacesCheck:
             if not layout.fits(use.lead, self._n):
                 return False
             if i in self._seen:
-                error, limit = self._seen.error(i, layout, signal)
+                ((error, limit),) = self._seen.errors(i, [layout], signal)
                 fitting.append((error <= limit).to(self._device))
         return not fitting or bool(torch.stack(fitting).all())
 
@@ -238,14 +256,11 @@ class RandomSum:
     ) -> None:
         self._uses = uses
         self._precision = precision
-        self.coefficients = _coefficients(scalars)
-        self._seen = _Seen(uses, self.coefficients, precision)
+        self._seen = _Seen(scalars, uses, precision)
         self.layouts: list[BatchLayout | None] = []
         self.guessed = True
-        total = (self.coefficients * scalars).sum()
-        edges = {i: use.edge for i, use in enumerate(uses)}
-        gradients = _watched_gradients(total, list(parameters.values()), edges, self._seen.look)
-        self._total = total.detach()
+        everywhere = range(len(uses))
+        gradients = self._seen.differentiate(scalars, list(parameters.values()), everywhere)
         self._parameters = {
             name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
@@ -259,26 +274,22 @@ class RandomSum:
         """
         self.layouts, self.guessed = [], False
         for i, (use, signal) in enumerate(zip(self._uses, signals, strict=True)):
-            candidates = candidate_layouts(use.lead, len(self.coefficients))
-            fitting: list[tuple[float, BatchLayout]] = []
+            candidates = candidate_layouts(use.lead, len(self._seen.coefficients))
             if signal is not None and self._seen.nonzero(i):
-                for layout in candidates:
-                    error, limit = self._seen.error(i, layout, signal)
-                    if error <= limit:
-                        fitting.append((float(error), layout))
+                errors = zip(candidates, self._seen.errors(i, candidates, signal), strict=True)
+                fitting = [(float(e), layout) for layout, (e, limit) in errors if e <= limit]
                 self.guessed = self.guessed or len(fitting) > 1
                 best = min(fitting, key=lambda item: item[0])[1] if fitting else None
             else:
                 self.guessed = True
-                # What the loss does not depend on is met by no gradient.
-                best = (
-                    candidates[0] if candidates else BatchLayout(None) if signal is None else None
-                )
+                best = candidates[0] if candidates else None
+                if best is None and signal is None:  # what no gradient meets lies anywhere
+                    best = BatchLayout(None)
             self.layouts.append(best)
 
     def refuse_infinite(self) -> None:
         """Raise if the scalars or their gradients are not finite."""
-        checked = [self._total, *self._parameters.values()]
+        checked = [self._seen.total, *self._parameters.values()]
         if not all(bool(tensor.sum().isfinite()) for tensor in checked):
             raise IFVPUsageError(
                 "NaN or infinite losses or gradients; look for NaN inputs, log(0) in the loss, or "
@@ -312,7 +323,7 @@ class RandomSum:
         Up to a part of its size, or of what it adds up, and of everything.
         """
         rows = group.rows()
-        weights = self.coefficients.to(rows.device, rows.dtype)[None]
+        weights = self._seen.coefficients.to(rows.device, rows.dtype)[None]
         gradients = {name: self._parameters[name].flatten() for name in group.group.names}
         sizes = [gradient.numel() for gradient in gradients.values()]
         sums = torch.split(rows.combine(weights)[0], sizes)

@@ -132,8 +132,8 @@ def _side_by_side(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
         for name in waiting:
             solve(name, _overwrite)
 
-    # This thread works as well: what the allocator keeps of another one's memory, it cannot reuse.
     return_free_memory()
+    # This thread works as well: what the allocator keeps of another one's memory, it cannot reuse.
     threads = torch.get_num_threads()
     others = min(threads, len(matrices)) - 1
     try:

@@ -138,7 +138,8 @@ class LayerStatistics(ABC):
 
     def reduce_factors(self, ranks: Ranks) -> None:
         """Add what the other ranks accumulated in the two sides."""
-        ranks.add_up(self._squares)
+        if self._reduce:
+            ranks.add_up(self._squares)
         self.output.reduce(ranks)
         self.input.reduce(ranks)
 
