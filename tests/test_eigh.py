@@ -130,8 +130,19 @@ def test_matrices_too_large_for_the_workspace_are_decomposed_all_the_same(monkey
 
 
 def test_the_largest_workspace_is_what_32_bits_count():
-    m = lapack.LARGEST
-    assert 1 + 4 * m + m**2 <= np.iinfo(np.intc).max < 1 + 4 * (m + 1) + (m + 1) ** 2
+    def workspace(m):
+        return 1 + 4 * m + m * lapack._stride(m)
+
+    assert workspace(lapack.LARGEST) <= np.iinfo(np.intc).max < workspace(lapack.LARGEST + 1)
+
+
+@pytest.mark.parametrize("m", [64, 65, 72, 96, 127, 128])
+def test_rows_that_lie_farther_apart_than_they_are_long_are_decomposed(m):
+    assert lapack._stride(m) % 16 == 8
+    assert lapack._stride(m) >= m
+    eigenvalues, vectors = eigh(gram(m))
+    assert error((vectors * eigenvalues) @ vectors.T, gram(m)) < 1e-12
+    assert error(vectors.T @ vectors, torch.eye(m).double()) < 1e-12
 
 
 @pytest.mark.parametrize("m", [30, 70])

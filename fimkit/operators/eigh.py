@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from fimkit.distributed import Ranks
 from fimkit.exceptions import IFVPUsageError
@@ -87,8 +86,8 @@ def eigh_all(matrices: Mapping[str, Tensor], ranks: Ranks) -> dict[str, tuple[Te
     """
     given = {name: matrix for name, matrix in matrices.items() if matrix.numel()}
     device = next((matrix.device for matrix in given.values()), None)
-    largest = [vector_norm(matrix, torch.inf).to(device) for matrix in given.values()]  # or NaN
-    finite = torch.stack(largest).isfinite().tolist() if largest else []
+    extremes = [torch.stack(matrix.aminmax()).to(device) for matrix in given.values()]  # or NaN
+    finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
     for (name, matrix), is_finite in zip(given.items(), finite, strict=True):
         if not is_finite:
             raise IFVPUsageError(

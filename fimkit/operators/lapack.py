@@ -20,7 +20,10 @@ from scipy.linalg import cython_lapack
 __all__ = ["LARGEST", "eigh_in_place"]
 
 #: The most rows whose workspace a 32-bit integer can count.
-LARGEST = 46_338
+LARGEST = 46_333
+
+# Numbers in a line of a cache.
+_LINE = 8
 
 
 def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -47,27 +50,38 @@ def eigh_in_place(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         If the iteration does not converge. The matrix is lost.
     """
     m = len(matrix)
-    work, vectors = np.empty(1 + 4 * m + m * m), np.empty((m, m))
-    square = work[: m * m].reshape(m, m)
+    stride = _stride(m)
+    work, vectors = np.empty(1 + 4 * m + m * stride), np.empty((m, stride))
+    square = work[: m * stride].reshape(m, stride)
     values, beside, scales = np.empty((3, m))
     integers = np.empty(3 + 5 * m, np.intc)
 
     # Numbers around one neither overflow nor vanish when they are squared. The largest is on the
     # diagonal; dividing by a power of two is exact.
     unit = 2.0 ** (math.frexp(matrix.diagonal().max())[1] - 1)
-    np.divide(matrix, unit, out=square, dtype=np.float64)
+    np.divide(matrix, unit, out=square[:, :m], dtype=np.float64)
     kept = _float64_within(matrix, m * (m - 1) // 2)
 
     # By columns, as LAPACK sees the square, its upper triangle is the lower one ("L"), and its
     # second number begins what is below the diagonal: the reflectors.
     reflectors = square.reshape(-1)[1:]
-    _call("dsytrd", b"L", m, square, m, values, beside, scales, vectors, m * m)
-    _call("dtrttp", b"L", m - 1, reflectors, m, kept)
-    _call("dstedc", b"I", m, values, beside, vectors, m, work, len(work), integers, len(integers))
-    _call("dtpttr", b"L", m - 1, kept, reflectors, m)
-    _call("dormtr", b"L", b"L", b"N", m, m, square, m, scales, vectors, m, kept, len(kept))
-    matrix[...] = vectors.T
+    _call("dsytrd", b"L", m, square, stride, values, beside, scales, vectors, vectors.size)
+    _call("dtrttp", b"L", m - 1, reflectors, stride, kept)
+    space = work, len(work), integers, len(integers)
+    _call("dstedc", b"I", m, values, beside, vectors, stride, *space)
+    _call("dtpttr", b"L", m - 1, kept, reflectors, stride)
+    back = b"L", b"L", b"N", m, m, square, stride, scales, vectors, stride
+    _call("dormtr", *back, kept, len(kept))
+    matrix[...] = vectors[:, :m].T
     return values * unit
+
+
+def _stride(m: int) -> int:
+    """Return how far rows of m numbers lie apart: an odd number of lines of a cache.
+
+    So they spread over all of it, where rows a power of two apart would push each other out.
+    """
+    return _LINE * (math.ceil(m / _LINE) | 1)
 
 
 def _float64_within(matrix: npt.NDArray[np.floating], number: int) -> npt.NDArray[np.float64]:
