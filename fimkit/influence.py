@@ -446,7 +446,7 @@ def _ifvps(estimator: FisherEstimator, queries: ModelData, measurement: Any) -> 
     )
     damping, start = estimator.regularization_, 0
     for rows in estimator.gradients(queries, measurement=measurement):
-        out[start : start + rows.n] = estimator.fisher_.solve_rows(rows, damping, out.dtype)
+        estimator.fisher_.solve_rows(rows, damping, out[start : start + rows.n])
         start += rows.n
     return out
 

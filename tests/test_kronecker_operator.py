@@ -14,7 +14,9 @@ from fimkit.operators import (
     Columns,
     DenseOperator,
     EigenKroneckerOperator,
+    FactoredRows,
     MatrixLayout,
+    RowMatrix,
 )
 from tests import reference
 from tests.operator_suite import OperatorSuite, error
@@ -90,6 +92,23 @@ class KroneckerSuite(OperatorSuite):
 @cache
 def _dense(suite):
     return dense_of(*suite().parts())
+
+    @pytest.mark.parametrize(("positions", "c"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+    def test_solutions_of_rows_in_factors(self, operator, positions, c, monkeypatch):
+        layout = self.layout
+        inputs = torch.randn(3, positions, layout.groups, layout.columns, dtype=torch.float64)
+        signals = torch.randn(3, c, positions, layout.groups, layout.out, dtype=torch.float64)
+        whole = Columns((slice(0, layout.size),))
+        rows = RowMatrix([(whole, FactoredRows(inputs, signals, layout))], layout.size)
+        matrices = torch.einsum("nctgo,ntgi->ncgoi", signals, inputs).flatten(0, 1)
+        vectors = torch.empty(3 * c, layout.size, dtype=torch.float64)
+        vectors[:, places(layout).flatten()] = matrices.flatten(1)
+        monkeypatch.setattr(EigenKroneckerOperator, "_rotate", None)  # which is of dense vectors
+        for damping in self.dampings:
+            expected = torch.linalg.solve(self.dense(damping), vectors.T).T
+            found = torch.full_like(vectors, torch.nan)
+            operator.solve_rows(rows, damping, found)
+            assert error(found, expected) <= self.tolerance / damping
 
 
 class TestMatrix(KroneckerSuite):

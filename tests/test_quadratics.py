@@ -72,8 +72,8 @@ def test_scores_of_several_rows(kind, name):
 
 
 DENSE = {
-    "Explicit, dual": "fimkit.operators.FactoredRows.dense",
-    "DataInf": "fimkit.operators.FactoredRows.dense",
+    "Explicit, dual": "fimkit.operators.FactoredRows._ordered",
+    "DataInf": "fimkit.operators.FactoredRows._ordered",
     "EKFAC": "fimkit.operators.EigenKroneckerOperator._rotate",
 }
 

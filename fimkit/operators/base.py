@@ -44,14 +44,12 @@ class Operator(ABC):
     def solve(self, vectors: Tensor, damping: float, out: Tensor | None = None) -> Tensor:
         """Return ``(F + damping I)⁻¹ v`` for each of ``(k, p)`` vectors, in ``out`` if given."""
 
-    def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
-        out = torch.empty(rows.shape, dtype=dtype, device=self.device)
+    def solve_rows(self, rows: RowMatrix, damping: float, out: Tensor) -> None:
+        """Write ``(F + damping I)⁻¹ v`` for each row into ``out``, shape ``(n * c, p)``."""
         start = 0
-        for part in rows.dense_parts(dtype):
+        for part in rows.dense_parts(out.dtype):
             self.solve(part, damping, out[start : start + len(part)])
             start += len(part)
-        return out
 
     @abstractmethod
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:

@@ -59,15 +59,17 @@ class BlockDiagonalOperator(Operator):
                 columns.put(found, values)
         return found
 
-    def solve_rows(self, rows: RowMatrix, damping: Damping, dtype: torch.dtype) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
-        out = torch.empty(rows.shape, dtype=dtype, device=self.device)
-        solved = self._each(
-            damping, lambda c, block, value: block.solve_rows(rows.block(c), value, dtype)
-        )
-        for columns, values in solved:
-            columns.put(out, values)
-        return out
+    def solve_rows(self, rows: RowMatrix, damping: Damping, out: Tensor) -> None:
+        """Write ``(F + damping I)⁻¹ v`` for each row into ``out``, shape ``(n * c, p)``."""
+
+        def solve(columns: Columns, block: Operator, value: float) -> Tensor:
+            found = columns.take(out)  # a copy where they are not contiguous
+            block.solve_rows(rows.block(columns), value, found)
+            return found
+
+        for columns, values in self._each(damping, solve):
+            if not columns.contiguous:
+                columns.put(out, values)
 
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: Damping) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""

@@ -60,10 +60,10 @@ class DampedCholesky:
         kept = self._kept
         if kept is not None and kept[0] == damping:
             return kept[1]
-        damped = self.matrix.clone()
-        damped.diagonal().add_(damping)
-        factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(damped)
+        factor = self.matrix.clone(memory_format=torch.contiguous_format).T  # by columns
+        factor.diagonal().add_(damping)
+        info = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
         if int(info) != 0:
             raise singular(damping, "it is not positive definite")
         self._kept = (damping, factor)
@@ -71,7 +71,9 @@ class DampedCholesky:
 
     def solve(self, columns: Tensor, damping: float) -> Tensor:
         """Return ``(matrix + damping I)⁻¹ columns`` for an ``(m, k)`` tensor."""
-        solution: Tensor = torch.cholesky_solve(columns, self.factor(damping))
+        factor = self.factor(damping)  # which cholesky_solve would copy
+        white = torch.linalg.solve_triangular(factor, columns, upper=False)
+        solution: Tensor = torch.linalg.solve_triangular(factor.mT, white, upper=True)
         return solution
 
     def whiten(self, columns: Tensor, damping: float) -> Tensor:

@@ -176,11 +176,11 @@ class DataInfOperator(Operator):
         precise: Tensor = (given >= least) & (left * damping >= _LEFT * given) & left.isfinite()
         return ~precise
 
-    def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
-        """Return ``M v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
+    def solve_rows(self, rows: RowMatrix, damping: float, out: Tensor) -> None:
+        """Write ``M v`` for each row into ``out``, shape ``(n * c, p)``."""
         products = self._along(self.rows.products(rows, self._norms.dtype, self.device).T)
-        coefficients = products * self._shrinkage(damping)
-        return rows.less(self._combine, coefficients, dtype).div_(damping)
+        rows.less(self._combine, products * self._shrinkage(damping), out)
+        out.div_(damping)
 
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ M v`` for each vector, or each row, shape ``(k,)``."""

@@ -95,16 +95,28 @@ class FactoredRows(Rows):
 
     def dense(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Return the rows of the examples in ``part``, shape ``(m, c, width)``."""
+        rows = self._ordered(part, dtype)
+        return self._from_order(rows.flatten(0, 1)).view(rows.shape)
+
+    def _ordered(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return dense rows as their matrices lie in memory, shape ``(m, c, width)``."""
         a = self.inputs[part].to(dtype)
         s = self.signals[part].to(dtype)
-        m = s.shape[0]
+        m, (groups, out, columns) = len(s), self._shape
         # (m, groups, c * out, T) @ (m, groups, T, columns)
-        s = s.permute(0, 3, 1, 4, 2)
-        s = s.reshape(m, self.layout.groups, self.c * self.layout.out, self.positions)
-        rows = (s @ a.transpose(1, 2)).view(
-            m, self.layout.groups, self.c, self.layout.out, self.layout.columns
-        )
-        return self.layout.flatten(rows.transpose(1, 2).flatten(0, 1)).view(m, self.c, self.width)
+        s = s.permute(0, 3, 1, 4, 2).reshape(m, groups, self.c * out, self.positions)
+        rows = (s @ a.transpose(1, 2)).view(m, groups, self.c, out * columns)
+        return rows.transpose(1, 2).flatten(2)
+
+    def _to_order(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.layout.matrices(vectors, dtype).flatten(1)
+
+    def _from_order(self, vectors: Tensor) -> Tensor:
+        return self.layout.flatten(vectors.view(len(vectors), *self._shape))
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.layout.groups, self.layout.out, self.layout.columns
 
     def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""

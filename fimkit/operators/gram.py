@@ -74,10 +74,10 @@ class GramOperator(Operator):
             out[some, columns] = values.div_(damping)
         return out
 
-    def solve_rows(self, rows: RowMatrix, damping: float, dtype: torch.dtype) -> Tensor:
-        """Return ``(F + damping I)⁻¹ v`` for each row, in ``dtype``, shape ``(n * c, p)``."""
-        coefficients = self._coefficients(rows, damping)
-        return rows.less(self.rows.combine, coefficients, dtype).div_(damping)
+    def solve_rows(self, rows: RowMatrix, damping: float, out: Tensor) -> None:
+        """Write ``(F + damping I)⁻¹ v`` for each row into ``out``, shape ``(n * c, p)``."""
+        rows.less(self.rows.combine, self._coefficients(rows, damping), out)
+        out.div_(damping)
 
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""

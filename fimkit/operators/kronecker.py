@@ -71,6 +71,18 @@ class EigenKroneckerOperator(Operator):
         self._check(damping)
         return self._scaled(vectors, 1 / (self.eigenvalues + damping), out)
 
+    def solve_rows(self, rows: RowMatrix, damping: float, out: Tensor) -> None:
+        """Write ``(F + damping I)⁻¹ v`` for each row into ``out``, shape ``(n * c, p)``."""
+        factors = self.rotated_factors(rows)
+        if factors is None:
+            super().solve_rows(rows, damping, out)
+            return
+        self._check(damping)
+        scale = 1 / (self.eigenvalues + damping)
+        for part in self._some(rows.n, rows.c):
+            rotated = factors.dense(part, scale.dtype).view(-1, *scale.shape).mul_(scale)
+            out[part.start * rows.c : part.stop * rows.c] = self._back(rotated)
+
     def inverse_quadratic(self, vectors: Tensor | RowMatrix, damping: float) -> Tensor:
         """Return ``vᵀ (F + damping I)⁻¹ v`` for each vector, or each row, shape ``(k,)``."""
         self._check(damping)
@@ -105,15 +117,14 @@ class EigenKroneckerOperator(Operator):
 
     def _scaled(self, vectors: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(vectors) if out is None else out
-        each = 4 * self.size * self.eigenvalues.element_size()
-        for some in chunks(vectors.shape[0], each, budget=working_set(self.device)):
-            rotated = self._rotate(vectors[some]).mul_(scale)
-            if self.output_basis is not None:
-                rotated = self.output_basis @ rotated
-            if self.input_basis is not None:
-                rotated = rotated @ self.input_basis.mT
-            out[some] = self.layout.flatten(rotated)
+        for some in self._some(vectors.shape[0]):
+            out[some] = self._back(self._rotate(vectors[some]).mul_(scale))
         return out
+
+    def _some(self, n: int, each: int = 1) -> Iterator[slice]:
+        """Cut n items, of so many vectors each, into as many as are best rotated at a time."""
+        vector = 4 * self.size * self.eigenvalues.element_size()
+        return chunks(n, each * vector, budget=working_set(self.device))
 
     def coordinates(self, vectors: Tensor | RowMatrix) -> Iterator[Tensor]:
         """Yield the coordinates of vectors, or rows, in the eigenbasis, ``(m, p)`` at a time."""
@@ -150,6 +161,14 @@ class EigenKroneckerOperator(Operator):
         if self.input_basis is not None:
             matrices = matrices @ self.input_basis
         return matrices.clone() if matrices.data_ptr() == vectors.data_ptr() else matrices
+
+    def _back(self, rotated: Tensor) -> Tensor:
+        """Return the vectors of coordinates in the eigenbasis, ``(k, p)``."""
+        if self.output_basis is not None:
+            rotated = self.output_basis @ rotated
+        if self.input_basis is not None:
+            rotated = rotated @ self.input_basis.mT
+        return self.layout.flatten(rotated)
 
     def wide_eigenvalues(self) -> Tensor:
         """Return the eigenvalues in the accumulation dtype."""

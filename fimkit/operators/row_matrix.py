@@ -218,8 +218,8 @@ class RowMatrix:
         weights = None if self.weights is None else self.weights[part]
         return RowMatrix(groups, self.size, weights)
 
-    def less(self, combine: Combination, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the rows less combinations of others, subtracted before they are rounded.
+    def less(self, combine: Combination, coefficients: Tensor, out: Tensor) -> None:
+        """Write the rows less combinations of others, subtracted before they are rounded.
 
         Parameters
         ----------
@@ -227,10 +227,8 @@ class RowMatrix:
             From ``(k, r)`` coefficients to combinations, as `combine`.
         coefficients : Tensor of shape (n * c, r)
             In the precision of the subtraction.
-        dtype : torch.dtype
-            Of the result, shape ``(n * c, p)``.
+        out : Tensor of shape (n * c, p)
         """
-        out = torch.empty(self.shape, dtype=dtype, device=coefficients.device)
         each = self.c * self.size * coefficients.element_size()
         # Every part reads all that is combined, so parts are larger than those of other loops.
         for part in chunks(self.n, each, budget=8 * BUDGET):
@@ -239,7 +237,6 @@ class RowMatrix:
             for some, columns, values in combine(coefficients[here]):
                 rows[some, columns] -= values
             out[here] = rows
-        return out
 
     def block(self, columns: Columns) -> RowMatrix:
         """Return the rows of the groups that lie in ``columns``, numbered within them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import chunks, product_chunks
 
 __all__ = [
     "TILE",
@@ -73,16 +73,32 @@ class Rows(ABC):
         parts = self._dense_chunks(self.dtype.itemsize) or [slice(0, 0)]
         return DenseRows(torch.cat([self.dense(part, self.dtype) for part in parts]))
 
+    def _ordered(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return dense rows with their numbers in an order of their own, shape ``(m, c, width)``.
+
+        It may take less to make than the flat one, and serves as well where numbers are summed
+        over. A subclass with such an order overrides this, `_to_order` and `_from_order`.
+        """
+        return self.dense(part, dtype)
+
+    def _to_order(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``(k, width)`` vectors in the order of `_ordered`."""
+        return vectors.to(dtype)
+
+    def _from_order(self, vectors: Tensor) -> Tensor:
+        """Return ``(k, width)`` vectors in the flat order."""
+        return vectors
+
     def _dense_chunks(self, itemsize: int) -> list[slice]:
-        return list(chunks(self.n, self.c * self.width * itemsize))
+        return list(product_chunks(self.n, self.c * self.width * itemsize, self.device))
 
     def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""
         out = vectors.new_empty((vectors.shape[0], self.n, self.c), dtype=dtype)
         for some in chunks(vectors.shape[0], self.width * dtype.itemsize):
-            wide = vectors[some].to(dtype)
+            wide = self._to_order(vectors[some], dtype)
             for part in self._dense_chunks(dtype.itemsize):
-                rows = self.dense(part, dtype)
+                rows = self._ordered(part, dtype)
                 out[some, part] = (wide @ rows.flatten(0, 1).T).view(-1, *rows.shape[:2])
         return out
 
@@ -90,20 +106,20 @@ class Rows(ABC):
         """Add up the rows weighted by ``(k, n, c)`` coefficients, shape ``(k, width)``."""
         out = coefficients.new_zeros((coefficients.shape[0], self.width))
         for part in self._dense_chunks(coefficients.element_size()):
-            rows = self.dense(part, coefficients.dtype)
+            rows = self._ordered(part, coefficients.dtype)
             out.addmm_(coefficients[:, part].flatten(1), rows.flatten(0, 1))
-        return out
+        return self._from_order(out)
 
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """Squared Euclidean norm of every row, shape ``(n, c)``."""
         parts = self._dense_chunks(dtype.itemsize)
-        return torch.cat([self.dense(part, dtype).square().sum(2) for part in parts])
+        return torch.cat([self._ordered(part, dtype).square().sum(2) for part in parts])
 
     def example_grams(self, dtype: torch.dtype) -> Tensor:
         """Inner products of each example's own rows, shape ``(n, c, c)``."""
         out = torch.empty((self.n, self.c, self.c), dtype=dtype, device=self.device)
         for part in self._dense_chunks(dtype.itemsize):
-            rows = self.dense(part, dtype)
+            rows = self._ordered(part, dtype)
             torch.bmm(rows, rows.mT, out=out[part])
         return out
 
@@ -111,21 +127,23 @@ class Rows(ABC):
         """Sum of the squared rows weighted by ``(n, c)`` weights, shape ``(width,)``."""
         out = weights.new_zeros(self.width)
         for part in self._dense_chunks(weights.element_size()):
-            rows = self.dense(part, weights.dtype).flatten(0, 1)
+            rows = self._ordered(part, weights.dtype).flatten(0, 1)
             out += weights[part].flatten() @ rows.square()
-        return out
+        return self._from_order(out[None])[0]
 
     def add_gram(self, gram: Tensor) -> None:
         """Add the inner products of all pairs of rows to ``gram``, ``(n * c, n * c)``, in place.
 
         Only tiles on and above the diagonal are touched; the caller mirrors them once.
         """
-        chunk = self._dense_chunks(gram.element_size())[:1]
+        chunk = list(chunks(self.n, self.c * self.width * gram.element_size()))[:1]
         parts = tiles(self.n, min(TILE // self.c, chunk[0].stop if chunk else 1))
         for i, rows in enumerate(parts):
-            left = self.dense(rows, gram.dtype).flatten(0, 1)
+            left = self._ordered(rows, gram.dtype).flatten(0, 1)
             for columns in parts[i:]:
-                right = left if columns is rows else self.dense(columns, gram.dtype).flatten(0, 1)
+                right = (
+                    left if columns is rows else self._ordered(columns, gram.dtype).flatten(0, 1)
+                )
                 block(gram, self, rows, self, columns).addmm_(left, right.T)
 
     def add_products(self, other: Rows, out: Tensor) -> None:

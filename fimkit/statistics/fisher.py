@@ -74,9 +74,12 @@ class FisherAccumulator:
         self._rows.load_state_dict(state["rows"])
 
     def result(self, n: int) -> Operator:
-        """Return the operator of n examples, those without any row in this block counted."""
+        """Return the operator of n examples, those without any row in this block counted.
+
+        The accumulator ends with that: its matrix is the operator's.
+        """
         if self._matrix is not None:
-            return DenseOperator(mirror_(self._matrix / n))
+            return DenseOperator(mirror_(self._matrix.div_(n)))
         return GramOperator(self._rows.result(self._ranks), n, self.device)
 
     def _turn_primal(self) -> None:
