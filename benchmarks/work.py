@@ -116,11 +116,15 @@ def kronecker_factors(layer, n):
 
 def eigenvalues(layer, n):
     """Λ: gradients in the eigenbasis, squared and summed, which for one position is a product."""
+    squares = product(layer.out, n, layer.columns) if layer.positions == 1 else 0
+    return form(layer, n) + rotate_gradients(layer, n) + squares
+
+
+def rotate_gradients(layer, n):
+    """N examples' gradients into the eigenbasis, by their factors or themselves."""
     out, columns, positions = layer
-    rotate_factors = n * positions * (product(1, out, out) + product(1, columns, columns))
-    if positions == 1:
-        return rotate_factors + product(out, n, columns)
-    return form(layer, n) + min(rotate_factors, n * rotate(layer))
+    by_factors = positions * (product(1, out, out) + product(1, columns, columns))
+    return n * min(by_factors, rotate(layer))
 
 
 def rotate(layer):
@@ -142,8 +146,19 @@ def ekfac_apply(layers, k, dtype):
 
 
 def ekfac_score(layers, n, k, dtype):
-    """Inner products of n training gradients with k vectors that are already multiplied."""
-    return products(sum(project(layer, n, k) for layer in layers), dtype)
+    """Inner products of n training gradients with k queries' in the eigenbasis, or with them back.
+
+    The queries' gradients are rotated by their factors, and then either back, or the training
+    examples' are rotated as well.
+    """
+    flops = sum(
+        form(layer, k)
+        + rotate_gradients(layer, k)
+        + min(k * rotate(layer), rotate_gradients(layer, n))
+        + project(layer, n, k)
+        for layer in layers
+    )
+    return products(flops, dtype)
 
 
 def datainf_transform(layers, n, k, dtype):
