@@ -42,6 +42,7 @@ class OperatorSuite:
         """Run with the usual chunks, with chunks of one item, and with a few items each."""
         if request.param is not None:
             monkeypatch.setattr(memory, "BUDGET", request.param)
+            monkeypatch.setattr(memory, "WORKING_SET", request.param)
 
     @pytest.fixture
     def operator(self):

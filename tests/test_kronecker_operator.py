@@ -88,11 +88,6 @@ class KroneckerSuite(OperatorSuite):
         matrix = _dense(type(self))
         return matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
 
-
-@cache
-def _dense(suite):
-    return dense_of(*suite().parts())
-
     @pytest.mark.parametrize(("positions", "c"), [(1, 1), (2, 1), (1, 3), (2, 2)])
     def test_solutions_of_rows_in_factors(self, operator, positions, c, monkeypatch):
         layout = self.layout
@@ -109,6 +104,11 @@ def _dense(suite):
             found = torch.full_like(vectors, torch.nan)
             operator.solve_rows(rows, damping, found)
             assert error(found, expected) <= self.tolerance / damping
+
+
+@cache
+def _dense(suite):
+    return dense_of(*suite().parts())
 
 
 class TestMatrix(KroneckerSuite):

@@ -63,8 +63,9 @@ class BlockDiagonalOperator(Operator):
         """Write ``(F + damping I)⁻¹ v`` for each row into ``out``, shape ``(n * c, p)``."""
 
         def solve(columns: Columns, block: Operator, value: float) -> Tensor:
-            found = columns.take(out)  # a copy where they are not contiguous
-            block.solve_rows(rows.block(columns), value, found)
+            inner = rows.block(columns)
+            found = columns.take(out) if columns.contiguous else out.new_empty(inner.shape)
+            block.solve_rows(inner, value, found)
             return found
 
         for columns, values in self._each(damping, solve):

@@ -60,7 +60,7 @@ class DampedCholesky:
         kept = self._kept
         if kept is not None and kept[0] == damping:
             return kept[1]
-        factor = self.matrix.clone(memory_format=torch.contiguous_format).T  # by columns
+        factor = self.matrix.detach().clone(memory_format=torch.contiguous_format).T  # by columns
         factor.diagonal().add_(damping)
         info = torch.empty((), dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor, out=(factor, info))

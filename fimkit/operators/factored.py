@@ -21,9 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fimkit.operators import memory
 from fimkit.operators.layout import MatrixLayout
-from fimkit.operators.memory import chunks
+from fimkit.operators.memory import chunks, reused
 from fimkit.operators.rows import TILE, Rows, block, pad_to, tiles
 
 __all__ = ["FactoredRows", "join_columns"]
@@ -216,9 +215,8 @@ class FactoredRows(Rows):
         per_example = self.positions * layout.groups * layout.out
         parts = list(chunks(self.n, (per_example * 2 + layout.groups * layout.columns) * itemsize))
         m = parts[0].stop if parts else 1
-        # Allocators reuse what is not too large; beyond that, each chunk would pay for new pages.
         each = (2 * layout.size + m * per_example * 2) * itemsize
-        some = list(chunks(k, each, budget=memory.BUDGET // 2))
+        some = list(chunks(k, each, budget=reused()))
         return [(part, vectors) for vectors in some for part in parts]
 
     def add_gram(self, gram: Tensor) -> None:

@@ -73,11 +73,11 @@ class EigenKroneckerOperator(Operator):
 
     def solve_rows(self, rows: RowMatrix, damping: float, out: Tensor) -> None:
         """Write ``(F + damping I)⁻¹ v`` for each row into ``out``, shape ``(n * c, p)``."""
+        self._check(damping)
         factors = self.rotated_factors(rows)
         if factors is None:
             super().solve_rows(rows, damping, out)
             return
-        self._check(damping)
         scale = 1 / (self.eigenvalues + damping)
         for part in self._some(rows.n, rows.c):
             rotated = factors.dense(part, scale.dtype).view(-1, *scale.shape).mul_(scale)

@@ -14,8 +14,8 @@ __all__ = [
     "accumulation_dtype",
     "chunks",
     "float32_is_exact",
-    "product_chunks",
     "return_free_memory",
+    "reused",
     "working_set",
 ]
 
@@ -24,9 +24,6 @@ BUDGET = 64 * 2**20
 
 #: Bytes that a CPU's caches hold, and its allocator hands out again without fetching new pages.
 WORKING_SET = 8 * 2**20
-
-# Items that make a product over them fast, whatever they take.
-_ENOUGH = 128
 
 
 def chunks(n: int, bytes_each: int, *, budget: int | None = None) -> Iterator[slice]:
@@ -57,14 +54,12 @@ def working_set(device: torch.device) -> int:
     return WORKING_SET if device.type == "cpu" else BUDGET
 
 
-def product_chunks(n: int, bytes_each: int, device: torch.device) -> Iterator[slice]:
-    """Cut ``range(n)`` into slices of items that are made for a product over them.
+def reused() -> int:
+    """Return the bytes of a tensor up to which allocators reuse memory instead of fetching pages.
 
-    As many as are best worked on at a time, and no fewer than make it fast, within `BUDGET`. The
-    arguments are as for `chunks`.
+    The C library's does for up to 32 MiB.
     """
-    wanted = max(working_set(device), _ENOUGH * bytes_each)
-    return chunks(n, bytes_each, budget=min(BUDGET, wanted))
+    return BUDGET // 2
 
 
 def return_free_memory() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimkit.operators.memory import chunks, product_chunks
+from fimkit.operators.memory import chunks, reused
 
 __all__ = [
     "TILE",
@@ -90,7 +90,7 @@ class Rows(ABC):
         return vectors
 
     def _dense_chunks(self, itemsize: int) -> list[slice]:
-        return list(product_chunks(self.n, self.c * self.width * itemsize, self.device))
+        return list(chunks(self.n, self.c * self.width * itemsize, budget=reused()))
 
     def project(self, vectors: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner products in ``dtype`` of rows with ``(k, width)`` vectors, shape ``(k, n, c)``."""
@@ -136,7 +136,7 @@ class Rows(ABC):
 
         Only tiles on and above the diagonal are touched; the caller mirrors them once.
         """
-        chunk = list(chunks(self.n, self.c * self.width * gram.element_size()))[:1]
+        chunk = self._dense_chunks(gram.element_size())[:1]
         parts = tiles(self.n, min(TILE // self.c, chunk[0].stop if chunk else 1))
         for i, rows in enumerate(parts):
             left = self._ordered(rows, gram.dtype).flatten(0, 1)

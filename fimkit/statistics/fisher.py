@@ -78,8 +78,9 @@ class FisherAccumulator:
 
         The accumulator ends with that: its matrix is the operator's.
         """
-        if self._matrix is not None:
-            return DenseOperator(mirror_(self._matrix.div_(n)))
+        matrix, self._matrix = self._matrix, None
+        if matrix is not None:
+            return DenseOperator(mirror_(matrix.div_(n)))
         return GramOperator(self._rows.result(self._ranks), n, self.device)
 
     def _turn_primal(self) -> None:
